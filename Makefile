@@ -1,0 +1,56 @@
+# Set-up: a virtual environment in .venv with the versions of constraints.txt, made once and again whenever
+# pyproject.toml or constraints.txt changes. On Linux the registry's torch brings CUDA with it (several GB); for
+# the CPU build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+STARTED := $(VENV)/.install-started
+PYTEST_ARGS ?=
+BENCHMARKS ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+
+# The first interpreter that is new enough (transformers and diffusers need 3.11); `make test PYTHON=...` overrides.
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow lint bench clean
+
+help: ## Print the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP) ## Set up .venv (the other targets do it themselves)
+
+# $(STARTED) lies in .venv while an install runs. One that finds it there was interrupted: an environment in an
+# unknown state, thrown away. An environment without it is kept and brought up to date.
+$(STAMP): pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then \
+		echo "error: Python 3.11 or newer is needed, found: $(or $(PYTHON),no python3.11 and no newer python3)." \
+			"Install it, or name it: make $(or $(MAKECMDGOALS),help) PYTHON=/path/to/python3.11" >&2; exit 1; fi
+	@if [ -e $(STARTED) ] || ! $(PY) -m pip --version >/dev/null 2>&1; then rm -rf $(VENV); fi
+	@mkdir -p $(VENV) && rm -f $@ && touch $(STARTED)
+	@[ -x $(PY) ] || "$(PYTHON)" -m venv $(VENV) || { echo "error: no virtual environment could be made with" \
+		"$(PYTHON) (on Debian: apt-get install python3-venv)." >&2; exit 1; }
+	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STARTED) && mv $(STARTED) $@
+
+demo: $(STAMP) ## Train a blocked DiT on the digits data set and write its report to runs/digits-dit
+	$(PY) -m hf_diffusionblocks train digits-dit --output-dir runs/digits-dit --overwrite --report
+
+test: $(STAMP) ## Run the tests (PYTEST_ARGS="tests/test_data.py -k digits" for some of them)
+	$(PY) -m pytest $(PYTEST_ARGS)
+
+test-slow: $(STAMP) ## Run the tests that take minutes
+	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check the style
+	$(PY) -m ruff check .
+
+bench: $(STAMP) ## Run benchmarks/*.py, or those named: make bench BENCHMARKS=benchmarks/memory.py
+	@[ -n "$(strip $(BENCHMARKS))" ] || { echo "error: no script in benchmarks/" >&2; exit 1; }
+	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
+
+clean: ## Remove .venv, caches and build products (runs/ stays)
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

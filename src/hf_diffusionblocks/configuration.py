@@ -1,0 +1,132 @@
+"""The config of every blocked model: base config, partition and preconditioning. `config.json` is the whole truth."""
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from .noise import LogNormalNoise
+from .partition import BlockPartition
+from .preconditioning import PRECONDITIONINGS, EDMPreconditioning, Preconditioning, VPEpsilonPreconditioning
+from .suggest import unknown_name
+
+PARTITIONS = ("equal_probability", "uniform", "log_uniform", "explicit")
+
+
+class DiffusionBlocksConfig(PreTrainedConfig):
+    """Config of a blocked model (arXiv 2506.14202, section 3).
+
+    Args:
+        base_config: the config of the model that is cut, as a dict.
+        num_blocks: B, the number of blocks.
+        layers_per_block: number of layers of each block; by default an even spread, the remainder to the first blocks.
+        partition: how the noise range is cut: ``equal_probability``, ``uniform``, ``log_uniform`` or ``explicit``.
+        edges: B + 1 noise levels, descending. Computed from ``partition`` unless given; stored, so that a saved model
+            never depends on how they were computed.
+        overlap: gamma of App. C, by which training ranges reach over the edges.
+        noise: ``p_mean``, ``p_std``, ``sigma_min``, ``sigma_max`` of the training distribution.
+        preconditioning: ``edm`` or ``vp_epsilon`` (pretrained DDPM-style networks).
+        sigma_data: standard deviation of the data (``edm``).
+        noise_scale: factor on ``c_noise`` (``edm``).
+        noise_schedule: ``num_train_timesteps``, ``beta_start``, ``beta_end``, ``beta_schedule``, ``trained_betas`` of
+            the base's diffusers scheduler (``vp_epsilon``).
+
+    Raises:
+        ValueError: for a value that is not allowed; the message names it, what is allowed and how to mend it.
+    """
+
+    model_type = "diffusion_blocks"
+
+    base_config: dict | None = None
+    num_blocks: int = 3
+    layers_per_block: list | None = None
+    partition: str = "equal_probability"
+    edges: list | None = None
+    overlap: float = 0.05
+    noise: dict | None = None
+    preconditioning: str = "edm"
+    sigma_data: float = 0.5
+    noise_scale: float = 1.0
+    noise_schedule: dict | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        self.base_config = self.complete_base_config(dict(self.base_config or {}))
+        if self.partition not in PARTITIONS:
+            raise ValueError(unknown_name("partition", self.partition, PARTITIONS))
+        if self.preconditioning not in PRECONDITIONINGS:
+            raise ValueError(unknown_name("preconditioning", self.preconditioning, PRECONDITIONINGS))
+        if not self.sigma_data > 0:
+            raise ValueError(f"sigma_data={self.sigma_data} must be positive: the standard deviation of the data.")
+        if not self.noise_scale > 0:
+            raise ValueError(f"noise_scale={self.noise_scale} must be positive.")
+        if self.preconditioning == "vp_epsilon" and not self.noise_schedule:
+            raise ValueError(
+                "preconditioning='vp_epsilon' needs noise_schedule, the base's diffusers scheduler config "
+                "(num_train_timesteps, beta_start, beta_end, beta_schedule)."
+            )
+        partition = self._make_partition()
+        self.noise = {
+            name: getattr(partition.noise, name) for name in ("p_mean", "p_std", "sigma_min", "sigma_max")
+        }
+        self.edges = list(partition.edges)
+        self.layers_per_block = list(partition.layers_per_block)
+
+    def complete_base_config(self, base_config: dict) -> dict:
+        """The base config with its defaults filled in. Families override it."""
+        return base_config
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers that are cut. Families override it."""
+        return int(self.base_config["num_layers"])
+
+    def _make_partition(self) -> BlockPartition:
+        settings = dict(self.noise or {})
+        if self.preconditioning == "vp_epsilon":
+            sigmas = self.make_preconditioning().sigmas
+            settings = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1]), **settings}
+        known = ("p_mean", "p_std", "sigma_min", "sigma_max")
+        for name in settings:
+            if name not in known:
+                raise ValueError(unknown_name("noise setting", name, known))
+        noise = LogNormalNoise(**settings)
+        shape = {"noise": noise, "overlap": self.overlap, "layers_per_block": self.layers_per_block}
+        if self.edges is not None:
+            if len(self.edges) != self.num_blocks + 1:
+                raise ValueError(
+                    f"edges={self.edges} has {len(self.edges)} values for num_blocks={self.num_blocks}: "
+                    "B blocks need B + 1 edges."
+                )
+            return BlockPartition.explicit(self.edges, self.num_layers, **shape)
+        if self.partition == "explicit":
+            raise ValueError("partition='explicit' needs edges: B + 1 noise levels from sigma_max down to sigma_min.")
+        return getattr(BlockPartition, self.partition)(self.num_blocks, self.num_layers, **shape)
+
+    @cached_property
+    def _schedule_alphas(self) -> tuple[float, ...]:
+        from diffusers import DDPMScheduler
+
+        known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+        for name in self.noise_schedule:
+            if name not in known:
+                raise ValueError(unknown_name("noise_schedule setting", name, known))
+        with torch.device("cpu"):  # models, and so configs, may be built under the meta device
+            return tuple(DDPMScheduler(**self.noise_schedule).alphas_cumprod.double().tolist())
+
+    def make_partition(self) -> BlockPartition:
+        """The partition of layers and noise levels that this config describes."""
+        return self._make_partition()
+
+    def make_preconditioning(self) -> Preconditioning:
+        """The preconditioning that this config describes."""
+        if self.preconditioning == "edm":
+            return EDMPreconditioning(self.sigma_data, self.noise_scale)
+        return VPEpsilonPreconditioning(self._schedule_alphas)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without cached values."""
+        output = super().to_dict()
+        output.pop("_schedule_alphas", None)
+        return output

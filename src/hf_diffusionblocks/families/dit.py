@@ -1,0 +1,333 @@
+"""Blocked DiT: each block is a diffusers `DiTTransformer2DModel` of its own layers.
+
+A block owns its patch embedding, positions and output head (they are small), so a blocked DiT is B small denoisers in
+one checkpoint and blocks share nothing (arXiv 2506.14202, section 4.2). The block's modules are diffusers' own; noise
+reaches the layers through the timestep conditioning that they have.
+
+Label dropout for classifier-free guidance is drawn once per sample by the objective. Inside diffusers' DiT every layer
+and the head embed the label for themselves and would each drop it independently, so it is switched off there.
+"""
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import (
+    LabelEmbedding,
+    PatchEmbed,
+    TimestepEmbedding,
+    get_2d_sincos_pos_embed,
+)
+from diffusers.models.normalization import AdaLayerNormZero
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel
+from transformers import initialization as init
+
+from ..configuration import DiffusionBlocksConfig
+from ..modeling import BlockedPreTrainedModel
+from ..suggest import unknown_name
+
+_BASE_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
+
+
+class BlockedDiTConfig(DiffusionBlocksConfig):
+    """Config of :class:`BlockedDiTModel`: :class:`DiffusionBlocksConfig` and
+
+    Args:
+        label_dropout: share of training samples whose label is replaced by the null class (classifier-free guidance).
+        id2label: names of the classes.
+
+    Example:
+        >>> config = BlockedDiTConfig(base_config={"num_layers": 6, "sample_size": 8, "in_channels": 1}, num_blocks=3)
+        >>> config.layers_per_block
+        [2, 2, 2]
+    """
+
+    model_type = "blocked_dit"
+
+    label_dropout: float = 0.1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout={self.label_dropout} must lie in [0, 1); DiT uses 0.1.")
+        base = self.base_config
+        if base["sample_size"] % base["patch_size"]:
+            raise ValueError(
+                f"sample_size={base['sample_size']} is not a multiple of patch_size={base['patch_size']}."
+            )
+        if (base["num_attention_heads"] * base["attention_head_dim"]) % 4:
+            raise ValueError(
+                f"the width num_attention_heads * attention_head_dim = "
+                f"{base['num_attention_heads'] * base['attention_head_dim']} must be a multiple of 4 (2-D positions)."
+            )
+        if self.out_channels not in (self.in_channels, 2 * self.in_channels):
+            raise ValueError(
+                f"out_channels={self.out_channels} must be in_channels={self.in_channels}, or twice that for a "
+                "learned variance."
+            )
+
+    def complete_base_config(self, base_config: dict) -> dict:
+        defaults = _dit_defaults()
+        base_config = {k: v for k, v in base_config.items() if not k.startswith("_")}
+        for name in base_config:
+            if name not in defaults:
+                raise ValueError(unknown_name("DiT setting", name, defaults))
+        return defaults | base_config
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of images or latents."""
+        return self.base_config["in_channels"]
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: ``in_channels``, or twice that with a learned variance."""
+        return self.base_config["out_channels"] or self.in_channels
+
+    @property
+    def sample_size(self) -> int:
+        """Height and width of images or latents, in pixels."""
+        return self.base_config["sample_size"]
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes without the null class; also the null class's index."""
+        return self.base_config["num_embeds_ada_norm"]
+
+
+@lru_cache(maxsize=1)
+def _dit_defaults() -> dict:
+    import inspect
+
+    signature = inspect.signature(DiTTransformer2DModel.__init__)
+    return {n: p.default for n, p in signature.parameters.items() if n != "self"}
+
+
+class BlockedDiTModel(BlockedPreTrainedModel):
+    """A DiT cut into blocks, each a complete small denoiser for its own noise range (arXiv 2506.14202, section 4.2).
+
+    Example:
+        >>> config = BlockedDiTConfig(
+        ...     base_config={"num_layers": 3, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8,
+        ...                  "in_channels": 1, "patch_size": 2, "num_embeds_ada_norm": 10},
+        ...     num_blocks=3,
+        ... )
+        >>> model = BlockedDiTModel(config)
+        >>> z = 80.0 * torch.randn(4, 1, 8, 8)
+        >>> model.denoise(z, 80.0, class_labels=torch.arange(4)).shape
+        torch.Size([4, 1, 8, 8])
+    """
+
+    config_class = BlockedDiTConfig
+    main_input_name = "sample"
+    _no_split_modules = ["BasicTransformerBlock", "PatchEmbed"]
+
+    def make_block(self, block: int) -> DiTTransformer2DModel:
+        settings = self.config.base_config | {"num_layers": len(self.partition.layers(block))}
+        module = DiTTransformer2DModel(**settings)
+        for child in module.modules():
+            if isinstance(child, LabelEmbedding):
+                child.dropout_prob = 0.0  # the null class's row stays; see the module's docstring
+        return module
+
+    def run_block(self, block: int, scaled: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
+        output = self.block(block)(scaled, timestep=c_noise, class_labels=class_labels).sample
+        return output[:, : self.config.in_channels]  # a learned variance is not part of the denoiser
+
+    def check_input(self, z: Tensor, class_labels: Tensor | None = None) -> None:
+        """Raise a ``ValueError`` for images of another shape than the model's or labels out of range."""
+        wanted = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if z.ndim != 4 or tuple(z.shape[1:]) != wanted:
+            raise ValueError(
+                f"the input has shape {list(z.shape)}; this model takes [batch, {', '.join(map(str, wanted))}] "
+                "(channels, height, width). Resize or convert the images, or change sample_size / in_channels."
+            )
+        if class_labels is None:
+            raise ValueError(f"class_labels is missing: give one label of 0 to {self.config.num_classes} per sample.")
+        if class_labels.shape != z.shape[:1] or class_labels.is_floating_point():
+            raise ValueError(
+                f"class_labels has shape {list(class_labels.shape)} and dtype {class_labels.dtype}: "
+                f"give whole numbers of shape [{len(z)}]."
+            )
+        if len(z) and not (0 <= int(class_labels.min()) and int(class_labels.max()) <= self.config.num_classes):
+            raise ValueError(
+                f"class_labels run from {int(class_labels.min())} to {int(class_labels.max())}; allowed are 0 to "
+                f"{self.config.num_classes - 1}, and {self.config.num_classes} for no class."
+            )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # DiT (arXiv 2212.09748), section 3.2, adaLN-Zero: modulation and output start at zero.
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=0.02)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, TimestepEmbedding):
+            init.normal_(module.linear_1.weight, std=0.02)
+            init.normal_(module.linear_2.weight, std=0.02)
+        elif isinstance(module, AdaLayerNormZero):
+            init.zeros_(module.linear.weight)
+            init.zeros_(module.linear.bias)
+        elif isinstance(module, PatchEmbed):
+            if not getattr(module.proj.weight, "_is_hf_initialized", False):
+                flat = torch.empty(module.proj.weight.shape[0], module.proj.weight[0].numel())
+                init.xavier_uniform_(flat)
+                module.proj.weight.copy_(flat.view_as(module.proj.weight))
+            init.zeros_(module.proj.bias)
+            _set_positions(module)
+        elif isinstance(module, DiTTransformer2DModel):
+            for head in (module.proj_out_1, module.proj_out_2):
+                init.zeros_(head.weight)
+                init.zeros_(head.bias)
+
+    # -- conversion ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls,
+        base: DiTTransformer2DModel | str | os.PathLike | Mapping[str, Any],
+        num_blocks: int | None = None,
+        **settings: Any,
+    ) -> "BlockedDiTModel":
+        """Cut a DiT into blocks.
+
+        Args:
+            base: a diffusers ``DiTTransformer2DModel``, a ``DiTPipeline``, the directory or Hub id of either (weights
+                are copied), or a mapping with the base's config (weights are new).
+            num_blocks: B, default 3.
+            **settings: fields of :class:`BlockedDiTConfig`. For a pretrained noise-prediction network give
+                ``preconditioning="vp_epsilon"``; its ``noise_schedule`` is taken from a pipeline's scheduler.
+
+        Returns:
+            The blocked model in the base's dtype. Every block gets its own layers and a copy of the base's stem and
+            head. With B = 1 it computes what the base computes.
+
+        Raises:
+            ValueError: if the base is not a DiT, or a setting is not allowed.
+        """
+        if isinstance(base, Mapping):
+            return cls(cls._config_from(dict(base), num_blocks, settings))
+        base, scheduler = _load_base(base)
+        if settings.get("preconditioning") == "vp_epsilon" and "noise_schedule" not in settings and scheduler:
+            known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+            settings["noise_schedule"] = {k: scheduler[k] for k in known if scheduler.get(k) is not None}
+        config = cls._config_from(dict(base.config), num_blocks, settings)
+        with torch.device("meta"):
+            model = cls(config)
+        weights = base.state_dict()
+        for block in model.resident_blocks:
+            part = {}
+            for key in model.block(block).state_dict():
+                source = key
+                if key.startswith("transformer_blocks."):
+                    _, i, rest = key.split(".", 2)
+                    source = f"transformer_blocks.{model.partition.layers(block)[int(i)]}.{rest}"
+                part[key] = weights[source].detach().clone()
+            model.block(block).load_state_dict(part, assign=True)
+            for module in model.block(block).modules():
+                if isinstance(module, PatchEmbed):
+                    _set_positions(module, weights["proj_out_1.weight"].device)
+        return model.train(base.training)
+
+    @classmethod
+    def _config_from(cls, base_config: dict, num_blocks: int | None, settings: dict) -> BlockedDiTConfig:
+        unknown = [n for n in settings if n not in _config_fields()]
+        if unknown:
+            raise ValueError(unknown_name("setting", unknown[0], _config_fields()))
+        if num_blocks is None:
+            num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
+        return BlockedDiTConfig(base_config=base_config, num_blocks=num_blocks, **settings)
+
+    def to_base(self, block: int | None = None) -> DiTTransformer2DModel:
+        """Give back a diffusers ``DiTTransformer2DModel``.
+
+        Args:
+            block: a block, to get it as a DiT of its own layers. Not needed for B = 1, where the result is bitwise
+                the network that was converted.
+
+        Raises:
+            ValueError: for B > 1 without ``block``: every block has a stem and a head of its own and expects noisy
+                images, not another block's hidden states, so the blocks do not add up to one DiT.
+        """
+        if block is None:
+            if self.partition.num_blocks > 1:
+                raise ValueError(
+                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one DiT: each block has its "
+                    "own patch embedding and head and expects noisy images, not hidden states. Use to_base(block=b) "
+                    "for one block as a DiT of its own layers, or sample with BlockedDiTPipeline."
+                )
+            block = 0
+        source = self.block(block)
+        with torch.device("meta"):
+            base = DiTTransformer2DModel(**dict(source.config))
+        base.load_state_dict({k: v.detach().clone() for k, v in source.state_dict().items()}, assign=True)
+        _set_positions(base.pos_embed, source.proj_out_1.weight.device)
+        return base.train(self.training)
+
+
+def _set_positions(module: PatchEmbed, device: torch.device | str | None = None) -> None:
+    # A non-persistent buffer, which loading leaves without content.
+    positions = get_2d_sincos_pos_embed(
+        module.pos_embed.shape[-1],
+        int(module.pos_embed.shape[1] ** 0.5),
+        base_size=module.base_size,
+        interpolation_scale=module.interpolation_scale,
+        output_type="pt",
+        device=torch.device("cpu"),
+    )
+    old = module.pos_embed
+    if device is None:
+        device = old.device
+    if torch.device(device).type != "meta":
+        module.pos_embed = positions.float().unsqueeze(0).to(device, old.dtype)
+
+
+@lru_cache(maxsize=1)
+def _config_fields() -> frozenset[str]:
+    fields = set(BlockedDiTConfig.__annotations__) | set(DiffusionBlocksConfig.__annotations__)
+    return frozenset(fields - {"base_config", "num_blocks"} | {"id2label", "label2id"})
+
+
+def _load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
+    """The base network and, where there is one, its scheduler's config."""
+    from diffusers import DiTPipeline, SchedulerMixin
+
+    if isinstance(base, DiTPipeline):
+        return _as_dit(base.transformer), dict(base.scheduler.config)
+    if isinstance(base, (str, os.PathLike)):
+        root, name = Path(base), str(base)
+        if root.is_absolute() and not root.is_dir():
+            raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
+        if root.is_dir() and (root / "config.json").is_file():
+            return _as_dit(DiTTransformer2DModel.from_pretrained(name)), None
+        transformer = DiTTransformer2DModel.from_pretrained(name, subfolder="transformer")
+        try:
+            scheduler = SchedulerMixin.load_config(name, subfolder="scheduler")
+        except (OSError, AttributeError):
+            scheduler = None
+        return _as_dit(transformer), scheduler
+    return _as_dit(base), None
+
+
+def _as_dit(base: Any) -> DiTTransformer2DModel:
+    if not isinstance(base, DiTTransformer2DModel):
+        raise ValueError(
+            f"{type(base).__name__} cannot be cut by BlockedDiTModel: give a diffusers {_BASE_CLASS_NAMES[0]}, a "
+            "DiTPipeline, or the directory or Hub id of one."
+        )
+    return base
+
+
+AutoConfig.register("blocked_dit", BlockedDiTConfig)
+AutoModel.register(BlockedDiTConfig, BlockedDiTModel)
+
+__all__ = ["BlockedDiTConfig", "BlockedDiTModel"]

@@ -1,0 +1,344 @@
+"""What all blocked models have in common: blocks, routing, preconditioning, and files by block."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, cached_file
+
+from . import serialization
+from .configuration import DiffusionBlocksConfig
+from .preconditioning import expand
+
+
+@dataclass
+class DenoiserOutput(ModelOutput):
+    """Output of a blocked denoiser.
+
+    Args:
+        sample: the estimate of the clean sample, the shape of the input.
+    """
+
+    sample: Tensor | None = None
+
+
+class BlockedPreTrainedModel(PreTrainedModel):
+    """A residual network cut into blocks that are trained alone (arXiv 2506.14202).
+
+    Args:
+        config: the config, which alone rebuilds the model.
+        blocks: allocate these blocks only; all by default.
+
+    Attributes:
+        partition: the :class:`BlockPartition`, the one road from a noise level to a block.
+        preconditioning: from the raw network to the denoiser.
+        blocks: the resident blocks, under their numbers.
+    """
+
+    config_class = DiffusionBlocksConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+
+    def __init__(self, config: DiffusionBlocksConfig, blocks: Sequence[int] | None = None):
+        super().__init__(config)
+        self.partition = config.make_partition()
+        self.preconditioning = config.make_preconditioning()
+        resident = self._check_blocks(blocks)
+        # A block's initial weights depend on this draw and on its number, not on which other blocks are resident.
+        self._init_seed = int(torch.randint(2**62, ()).item()) if torch.get_default_device().type != "meta" else 0
+        self.blocks = nn.ModuleDict({str(b): self.make_block(b) for b in resident})
+        self.post_init()
+
+    def _check_blocks(self, blocks: Sequence[int] | None) -> list[int]:
+        if blocks is None:
+            return list(range(self.partition.num_blocks))
+        for block in blocks:
+            self.partition.check_block(block)
+        if not blocks:
+            raise ValueError("blocks=[] selects nothing: name at least one block, or None for all.")
+        return sorted(set(blocks))
+
+    # -- what a family defines -----------------------------------------------------------------------------------
+
+    def make_block(self, block: int) -> nn.Module:
+        """Build a block: its layers with its own stem and head. Weights are initialised afterwards."""
+        raise TypeError(f"{type(self).__name__} must define make_block().")
+
+    def run_block(self, block: int, scaled: Tensor, c_noise: Tensor, **conditioning: Any) -> Tensor:
+        """The raw network F of a block on the scaled input, in the shape of the input."""
+        raise TypeError(f"{type(self).__name__} must define run_block().")
+
+    def check_input(self, z: Tensor, **conditioning: Any) -> None:
+        """Raise a ``ValueError`` for inputs that do not fit the model. Families override it."""
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    @property
+    def resident_blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks that are allocated."""
+        return tuple(int(name) for name in self.blocks)
+
+    def block(self, block: int) -> nn.Module:
+        """The module of a resident block.
+
+        Raises:
+            ValueError: if it does not exist or was not loaded.
+        """
+        self.partition.check_block(block)
+        if str(block) not in self.blocks:
+            raise ValueError(
+                f"block {block} is not loaded: this model holds blocks {list(self.resident_blocks)}. "
+                f"Load it with from_pretrained(..., blocks=[{block}])."
+            )
+        return self.blocks[str(block)]
+
+    def block_parameters(self, block: int) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names (as in the state dict) and parameters of a block."""
+        return self.block(block).named_parameters(prefix=f"blocks.{block}")
+
+    def shared_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that belong to no block."""
+        return ((n, p) for n, p in self.named_parameters() if serialization.file_of_key(n) == serialization.SHARED_NAME)
+
+    # -- the denoiser --------------------------------------------------------------------------------------------
+
+    def denoise(self, z: Tensor, sigma: Tensor | float, *, block: int | None = None, **conditioning: Any) -> Tensor:
+        """D_b(x, z, sigma): the estimate of the clean sample (EDM, arXiv 2206.00364, Eq. 7).
+
+        Args:
+            z: noisy samples ``y + sigma * eps``, [batch, ...].
+            sigma: noise level, a number or [batch].
+            block: the block to use; by default the one that owns sigma.
+            **conditioning: what the family conditions on, such as ``class_labels``.
+
+        Returns:
+            float32 (float64 for float64 input) tensor of the shape of ``z``.
+
+        Raises:
+            ValueError: for noise levels out of range, a batch whose noise levels span blocks (split it by block),
+                a block that is not loaded, or inputs that do not fit the model.
+        """
+        self.check_input(z, **conditioning)
+        sigma = torch.as_tensor(sigma, device=z.device)
+        sigma = sigma if sigma.is_floating_point() else sigma.float()
+        if sigma.ndim == 0:
+            sigma = sigma.expand(z.shape[0])
+        if sigma.shape != z.shape[:1]:
+            raise ValueError(f"sigma has shape {list(sigma.shape)}: give a number or one value per sample, [{len(z)}].")
+        if block is None:
+            block = self._single_block(sigma)
+        else:
+            self.partition.check_sigma(sigma)
+        return self._denoise(z, sigma, block, **conditioning)
+
+    def _denoise(self, z: Tensor, sigma: Tensor, block: int, **conditioning: Any) -> Tensor:
+        compute_dtype = torch.float64 if z.dtype == torch.float64 else torch.float32
+        z = z.to(compute_dtype)
+        c = self.preconditioning(sigma)
+        scaled = (expand(c.c_in, z) * z).to(self.dtype)
+        f = self.run_block(block, scaled, c.c_noise, **conditioning).to(compute_dtype)
+        # D = c_skip z + c_out F(c_in z, c_noise)   (EDM, arXiv 2206.00364, Eq. 7)
+        return expand(c.c_skip, z) * z + expand(c.c_out, z) * f
+
+    def _single_block(self, sigma: Tensor) -> int:
+        owners = self.partition.block_of(sigma).unique().tolist()
+        if len(owners) != 1:
+            raise ValueError(
+                f"the batch's noise levels span blocks {owners}: call denoise once per block, or name the block."
+            )
+        return owners[0]
+
+    def forward(
+        self,
+        sample: Tensor,
+        sigma: Tensor | float,
+        block: int | None = None,
+        return_dict: bool = True,
+        **conditioning: Any,
+    ) -> DenoiserOutput | tuple[Tensor]:
+        """:meth:`denoise` in the manner of diffusers' models; returns a :class:`DenoiserOutput` or a tuple."""
+        denoised = self.denoise(sample, sigma, block=block, **conditioning)
+        return DenoiserOutput(sample=denoised) if return_dict else (denoised,)
+
+    # -- initialisation ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def initialize_weights(self) -> None:
+        """Initialise each block from its own random stream, so that one block alone gets the same weights."""
+        for block, module in self.blocks.items():
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed((self._init_seed + int(block)) % 2**63)
+                self._initialize_tree(module)
+        for name, module in self.named_children():
+            if name != "blocks":
+                self._initialize_tree(module)
+
+    def _initialize_tree(self, module: nn.Module) -> None:
+        for child in module.children():
+            self._initialize_tree(child)
+        self._initialize_weights(module)
+
+    # -- files ---------------------------------------------------------------------------------------------------
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, is_main_process: bool = True, push_to_hub: bool = False, **kwargs: Any
+    ) -> None:
+        """Write ``config.json``, one weight file per resident block, the shared file and the index.
+
+        A new directory appears complete or not at all; in an existing one each file is replaced atomically, the
+        index last, and blocks that this model does not hold stay as they are.
+
+        Args:
+            save_directory: where to.
+            is_main_process: write only if true.
+            push_to_hub: upload afterwards, as in transformers (``repo_id``, ``token``, … in ``kwargs``).
+
+        Raises:
+            NotADirectoryError: if the path is a file.
+            OSError: if the disk is full; nothing half written stays.
+        """
+        target = Path(save_directory)
+        if target.is_file():
+            raise NotADirectoryError(f"{target} is a file; give a directory to save the model in.")
+        if is_main_process:
+            self.config.architectures = [type(self).__name__]
+            self.config.dtype = self.dtype
+            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
+            if target.exists():
+                self._write_files(target, state_dict)
+            else:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+                    staging = Path(temporary) / "model"
+                    staging.mkdir()
+                    self._write_files(staging, state_dict)
+                    os.replace(staging, target)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+
+    def _write_files(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
+        config_path = directory / "config.json"
+        if config_path.is_file() and len(self.resident_blocks) < self.partition.num_blocks:
+            old = type(self.config).from_pretrained(directory)
+            if old.make_partition() != self.partition or old.base_config != self.config.base_config:
+                raise ValueError(
+                    f"{directory} holds another model (its base config or partition differs): "
+                    "save these blocks in a directory of their own."
+                )
+        serialization.write_json(config_path, self.config.to_dict())
+        serialization.write_weights(directory, state_dict)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        blocks: Sequence[int] | None = None,
+        **kwargs: Any,
+    ):
+        """Load a model, or only some of its blocks.
+
+        Args:
+            pretrained_model_name_or_path: a directory or a Hub id.
+            blocks: read and allocate these blocks and the shared parts only; the other files need not exist.
+            **kwargs: as in transformers: ``dtype``, ``device_map``, ``revision``, ``token``, …
+
+        Raises:
+            ValueError: for a missing, truncated or corrupted file, named with its block.
+        """
+        output_loading_info = kwargs.pop("output_loading_info", False)
+        hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
+        hub_kwargs = {name: kwargs[name] for name in hub if name in kwargs}
+        find = _Finder(pretrained_model_name_or_path, hub_kwargs)
+        index_path = find(serialization.INDEX_NAME)
+        index = serialization.read_index(index_path)
+        if blocks is not None:
+            blocks = sorted(set(blocks))
+            config = kwargs.pop("config", None)
+            if config is None:
+                config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
+            for block in blocks:
+                config.make_partition().check_block(block)
+            kwargs |= {"config": config, "blocks": blocks}
+        paths = [find(name) for name in serialization.files_for(index, blocks)]
+        for path in paths:
+            serialization.verify_file(path, index)
+        if blocks is None:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+            )
+        else:
+            # transformers resolves every file of an index: hand it a directory whose index names only these files.
+            with tempfile.TemporaryDirectory() as view:
+                for path in paths:
+                    os.symlink(path.resolve(), Path(view) / path.name)
+                part = {k: f for k, f in index["weight_map"].items() if f in {p.name for p in paths}}
+                serialization.write_json(
+                    Path(view) / serialization.INDEX_NAME, {"metadata": index["metadata"], "weight_map": part}
+                )
+                for name in hub_kwargs:
+                    kwargs.pop(name, None)
+                model, info = super().from_pretrained(view, *model_args, output_loading_info=True, **kwargs)
+            model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        missing = sorted(info["missing_keys"])
+        if missing:
+            file = serialization.describe_file(serialization.file_of_key(missing[0]))
+            raise ValueError(f"{file} lacks {len(missing)} weights of the model, {missing[0]!r} first.")
+        return (model, info) if output_loading_info else model
+
+    def print_block_parameters(self) -> None:
+        """Print a table of the parameters of each block, in the manner of peft's ``print_trainable_parameters``."""
+        print(format_block_parameters(self))
+
+
+class _Finder:
+    """Finds a file of a model in a directory or on the Hub."""
+
+    def __init__(self, name_or_path: str | os.PathLike, hub_kwargs: dict):
+        self.root, self.kwargs = Path(name_or_path), hub_kwargs
+        self.name = str(name_or_path)
+
+    def __call__(self, name: str) -> Path:
+        if self.root.is_dir():
+            path = self.root / self.kwargs.get("subfolder", "") / name
+            if not path.is_file():
+                raise ValueError(
+                    f"{serialization.describe_file(name)} is missing from {path.parent}. "
+                    "Copy or download it again, or load other blocks with blocks=[…]."
+                )
+            return path
+        if self.root.is_absolute() or self.name.startswith("."):
+            raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
+        return Path(cached_file(self.name, name, **self.kwargs))
+
+
+def format_block_parameters(model: BlockedPreTrainedModel) -> str:
+    """The table that :meth:`BlockedPreTrainedModel.print_block_parameters` prints."""
+    total = sum(p.numel() for p in model.parameters())
+    lines = [f"{'block':<8}{'layers':<12}{'sigma':<24}{'params':>14}{'share %':>10}"]
+    for block in model.resident_blocks:
+        layers, (low, high) = model.partition.layers(block), model.partition.range(block)
+        count = sum(p.numel() for _, p in model.block_parameters(block))
+        span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
+        lines.append(f"{block:<8}{span:<12}{f'{high:.4g} to {low:.4g}':<24}{count:>14,}{100 * count / total:>10.2f}")
+    shared = sum(p.numel() for _, p in model.shared_parameters())
+    lines.append(f"{'shared':<44}{shared:>14,}{100 * shared / total:>10.2f}")
+    lines.append(f"{'all':<44}{total:>14,}{100.0:>10.2f}")
+    return "\n".join(lines)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory so that a half-removed one is never taken for a whole one: rename first."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

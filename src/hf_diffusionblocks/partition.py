@@ -1,0 +1,290 @@
+"""The partition of layers and noise levels into blocks: the one road from a noise level to a block.
+
+Block 0 holds the FIRST layers and the HIGHEST noise; block b owns the noise range ``[edges[b + 1], edges[b]]``, with
+``edges`` descending from ``sigma_max`` to ``sigma_min`` (arXiv 2506.14202, section 3.3). Sampling therefore visits
+blocks 0, 1, ..., B - 1, the order in which data flows through the network. A noise level exactly on an inner edge
+belongs to the noisier block. No other module derives a block from a noise level or layers from a block.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from .noise import LogNormalNoise
+
+# Relative slack for noise levels that a float32 computation (a scheduler's grid, say) put a rounding error outside.
+_RANGE_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class BlockPartition:
+    """Which layers and which noise levels each block owns.
+
+    Use one of the constructors: :meth:`equal_probability` (the paper's), :meth:`uniform`, :meth:`log_uniform`,
+    :meth:`explicit`.
+
+    Attributes:
+        edges: B + 1 noise levels, descending; ``edges[0] = sigma_max``, ``edges[B] = sigma_min``.
+        layers_per_block: number of layers of each block, first block first.
+        noise: the distribution that training draws from, renormalised to a block's range.
+        overlap: gamma of App. C; how far training reaches over a block's edges. Never affects inference.
+    """
+
+    edges: tuple[float, ...]
+    layers_per_block: tuple[int, ...]
+    noise: LogNormalNoise = field(default_factory=LogNormalNoise)
+    overlap: float = 0.05
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", tuple(float(edge) for edge in self.edges))
+        object.__setattr__(self, "layers_per_block", tuple(int(n) for n in self.layers_per_block))
+        if self.num_blocks < 1 or len(self.edges) != self.num_blocks + 1:
+            raise ValueError(
+                f"{len(self.edges)} edges were given for {self.num_blocks} blocks: B blocks need B + 1 edges, "
+                "from sigma_max down to sigma_min."
+            )
+        if any(not math.isfinite(e) for e in self.edges) or any(
+            high <= low for high, low in zip(self.edges, self.edges[1:], strict=False)
+        ):
+            raise ValueError(f"edges={list(self.edges)} must be finite and strictly descending (highest noise first).")
+        for given, wanted, name in (
+            (self.edges[0], self.noise.sigma_max, "sigma_max"),
+            (self.edges[-1], self.noise.sigma_min, "sigma_min"),
+        ):
+            if not math.isclose(given, wanted, rel_tol=1e-9):
+                raise ValueError(
+                    f"the outer edge {given} must equal {name}={wanted}: edges span the whole noise range and inner "
+                    "edges lie inside it."
+                )
+        if any(n < 1 for n in self.layers_per_block):
+            raise ValueError(f"layers_per_block={list(self.layers_per_block)}: every block needs at least one layer.")
+        if not (isinstance(self.overlap, (int, float)) and 0 <= self.overlap < 1):
+            raise ValueError(f"overlap={self.overlap!r} must lie in [0, 1); the paper uses 0.05 (images), 0.1 (text).")
+
+    # -- constructors --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def equal_probability(
+        cls,
+        num_blocks: int,
+        num_layers: int,
+        noise: LogNormalNoise | None = None,
+        overlap: float = 0.05,
+        layers_per_block: Sequence[int] | None = None,
+    ) -> "BlockPartition":
+        """Every block owns the share 1/B of the training distribution (arXiv 2506.14202, section 3.3).
+
+        Args:
+            num_blocks: B, between 1 and ``num_layers``.
+            num_layers: L; a remainder of L / B goes to the first blocks, no layer is lost.
+            noise: the training distribution, default :class:`LogNormalNoise`.
+            overlap: gamma of App. C.
+            layers_per_block: explicit numbers such as ``(3, 6, 3)`` instead of an even spread.
+
+        Raises:
+            ValueError: for fewer than 1 or more than ``num_layers`` blocks, or numbers that do not sum to it.
+
+        Example:
+            >>> BlockPartition.equal_probability(3, 12).range(1)
+            (0.17963247162889378, 0.5050414636135493)
+        """
+        noise = noise or LogNormalNoise()
+        layers = _spread(num_blocks, num_layers, layers_per_block)
+        inner = noise.icdf(torch.linspace(1, 0, len(layers) + 1, dtype=torch.float64, device="cpu")[1:-1])
+        return cls(_with_ends(inner, noise), layers, noise, overlap)
+
+    @classmethod
+    def uniform(
+        cls,
+        num_blocks: int,
+        num_layers: int,
+        noise: LogNormalNoise | None = None,
+        overlap: float = 0.05,
+        layers_per_block: Sequence[int] | None = None,
+    ) -> "BlockPartition":
+        """Ranges of equal width in sigma (arXiv 2506.14202, Table 7's baseline, as its text defines it).
+
+        Arguments and errors as in :meth:`equal_probability`.
+        """
+        noise = noise or LogNormalNoise()
+        layers = _spread(num_blocks, num_layers, layers_per_block)
+        inner = torch.linspace(noise.sigma_max, noise.sigma_min, len(layers) + 1, dtype=torch.float64, device="cpu")[1:-1]
+        return cls(_with_ends(inner, noise), layers, noise, overlap)
+
+    @classmethod
+    def log_uniform(
+        cls,
+        num_blocks: int,
+        num_layers: int,
+        noise: LogNormalNoise | None = None,
+        overlap: float = 0.05,
+        layers_per_block: Sequence[int] | None = None,
+    ) -> "BlockPartition":
+        """Ranges of equal width in log sigma (arXiv 2506.14202, Table 7's baseline, as its appendix defines it).
+
+        Arguments and errors as in :meth:`equal_probability`.
+        """
+        noise = noise or LogNormalNoise()
+        layers = _spread(num_blocks, num_layers, layers_per_block)
+        ends = math.log(noise.sigma_max), math.log(noise.sigma_min)
+        inner = torch.linspace(*ends, len(layers) + 1, dtype=torch.float64, device="cpu")[1:-1].exp()
+        return cls(_with_ends(inner, noise), layers, noise, overlap)
+
+    @classmethod
+    def explicit(
+        cls,
+        edges: Sequence[float],
+        num_layers: int,
+        noise: LogNormalNoise | None = None,
+        overlap: float = 0.05,
+        layers_per_block: Sequence[int] | None = None,
+    ) -> "BlockPartition":
+        """Edges chosen by hand.
+
+        Args:
+            edges: B + 1 noise levels, strictly descending, from ``sigma_max`` to ``sigma_min``.
+            num_layers: L.
+            noise: the training distribution; by default the standard one on the range that the edges span.
+            overlap: gamma of App. C.
+            layers_per_block: as in :meth:`equal_probability`.
+
+        Raises:
+            ValueError: for edges out of order or outside the noise range.
+        """
+        edges = [float(edge) for edge in edges]
+        if len(edges) < 2:
+            raise ValueError(f"edges={edges}: at least two are needed, sigma_max and sigma_min.")
+        if noise is None:
+            if not all(high > low for high, low in zip(edges, edges[1:], strict=False)) or edges[-1] <= 0:
+                raise ValueError(f"edges={edges} must be positive and strictly descending (highest noise first).")
+            noise = LogNormalNoise(sigma_min=edges[-1], sigma_max=edges[0])
+        return cls(tuple(edges), _spread(len(edges) - 1, num_layers, layers_per_block), noise, overlap)
+
+    # -- the road ------------------------------------------------------------------------------------------------
+
+    @property
+    def num_blocks(self) -> int:
+        """B, the number of blocks."""
+        return len(self.layers_per_block)
+
+    @property
+    def num_layers(self) -> int:
+        """L, the number of layers of all blocks together."""
+        return sum(self.layers_per_block)
+
+    def layers(self, block: int) -> range:
+        """Indices of the base model's layers that a block holds, in order.
+
+        Raises:
+            ValueError: for a block that does not exist.
+        """
+        self.check_block(block)
+        first = sum(self.layers_per_block[:block])
+        return range(first, first + self.layers_per_block[block])
+
+    def range(self, block: int, training: bool = False) -> tuple[float, float]:
+        """Noise range ``(low, high)`` of a block.
+
+        Args:
+            block: which block.
+            training: widen by the overlap: ``[low / alpha, alpha high]``, ``alpha = (high / low)^gamma``, clamped to
+                ``[sigma_min, sigma_max]`` (arXiv 2506.14202, App. C). Inference uses the plain edges.
+
+        Raises:
+            ValueError: for a block that does not exist.
+        """
+        self.check_block(block)
+        high, low = self.edges[block], self.edges[block + 1]
+        if not training:
+            return low, high
+        alpha = (high / low) ** self.overlap
+        return max(low / alpha, self.noise.sigma_min), min(high * alpha, self.noise.sigma_max)
+
+    def block_of(self, sigma: Float[Tensor, "..."] | float) -> Int64[Tensor, "..."] | int:
+        """The block that owns each noise level; on an inner edge the noisier one.
+
+        Args:
+            sigma: noise level(s), a number or a tensor of any shape.
+
+        Returns:
+            An int for a number, otherwise an int64 tensor of the same shape and device.
+
+        Raises:
+            ValueError: for a noise level that is not finite, not positive or beyond ``[sigma_min, sigma_max]``.
+        """
+        self.check_sigma(sigma)
+        if not isinstance(sigma, Tensor):
+            return sum(edge > sigma for edge in self.edges[1:-1])
+        if sigma.dtype not in (torch.float32, torch.float64):
+            sigma = sigma.float()
+        # Edges in the precision of sigma: a float32 grid point made from an edge still sits on that edge.
+        inner = torch.tensor(self.edges[1:-1], dtype=torch.float64, device=sigma.device).to(sigma.dtype)
+        return (inner > sigma[..., None]).sum(-1)
+
+    def sample(self, block: int, shape: tuple[int, ...] | int, generator: torch.Generator | None = None) -> Tensor:
+        """Training noise levels of a block: the training distribution on its widened range, float64 [shape]."""
+        return self.noise.sample(shape, *self.range(block, training=True), generator=generator)
+
+    # -- checks --------------------------------------------------------------------------------------------------
+
+    def check_block(self, block: int) -> None:
+        """Raise a ``ValueError`` for a block that does not exist."""
+        if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < self.num_blocks:
+            raise ValueError(f"block {block!r} does not exist: the model has blocks 0 to {self.num_blocks - 1}.")
+
+    def check_sigma(self, sigma: Tensor | float) -> None:
+        """Raise a ``ValueError`` for noise levels that are not finite, not positive or out of range."""
+        values = sigma if isinstance(sigma, Tensor) else torch.tensor(float(sigma), dtype=torch.float64, device="cpu")
+        low, high = self.noise.sigma_min * (1 - _RANGE_TOLERANCE), self.noise.sigma_max * (1 + _RANGE_TOLERANCE)
+        good = (values >= low) & (values <= high)  # False for NaN
+        if not bool(good.all()):
+            bad = values.detach()[~good].flatten()[0].item()
+            raise ValueError(
+                f"sigma={bad} is outside the noise range [{self.noise.sigma_min}, {self.noise.sigma_max}] of this "
+                "model. Give a finite positive noise level in that range."
+            )
+
+    def describe(self) -> list[dict]:
+        """One row per block for tables: block, layers, range, training range, share of the training distribution."""
+        rows = []
+        for b in range(self.num_blocks):
+            low, high = self.range(b)
+            mass = float(self.noise.cdf(high) - self.noise.cdf(low))
+            rows.append(
+                {
+                    "block": b,
+                    "layers": list(self.layers(b)),
+                    "range": (low, high),
+                    "training_range": self.range(b, training=True),
+                    "mass": mass,
+                }
+            )
+        return rows
+
+
+def _with_ends(inner: Tensor, noise: LogNormalNoise) -> tuple[float, ...]:
+    return (noise.sigma_max, *inner.tolist(), noise.sigma_min)
+
+
+def _spread(num_blocks: int, num_layers: int, layers_per_block: Sequence[int] | None) -> tuple[int, ...]:
+    for name, value in (("num_blocks", num_blocks), ("num_layers", num_layers)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+    if num_blocks > num_layers:
+        raise ValueError(
+            f"num_blocks={num_blocks} is more than the {num_layers} layers of the model: "
+            f"use between 1 and {num_layers} blocks."
+        )
+    if layers_per_block is None:
+        whole, rest = divmod(num_layers, num_blocks)
+        return tuple(whole + (b < rest) for b in range(num_blocks))
+    layers = tuple(layers_per_block)
+    if len(layers) != num_blocks or sum(layers) != num_layers:
+        raise ValueError(
+            f"layers_per_block={list(layers)} must name {num_blocks} numbers that sum to the model's {num_layers} layers."
+        )
+    return layers

@@ -1,0 +1,111 @@
+r"""Preconditioning: from a raw network F to the denoiser D (EDM, arXiv 2206.00364, Table 1).
+
+.. math:: D(z, \sigma) = c_{skip}(\sigma)\, z + c_{out}(\sigma)\, F\big(c_{in}(\sigma)\, z,\; c_{noise}(\sigma)\big)
+
+with the loss weight :math:`w(\sigma) = 1 / c_{out}^2`, which makes the effective target of F of the same size at every
+noise level. Two kinds:
+
+``edm``
+    for networks trained here; ``c_noise = ln(sigma) / 4``.
+``vp_epsilon``
+    for pretrained DDPM-style networks that predict the noise at discrete steps (EDM, Table 1, column VP):
+    :math:`D = z - \sigma F(z / \sqrt{1 + \sigma^2}, t(\sigma))`, with t the training step whose noise-to-signal ratio
+    :math:`\sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}` is sigma.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PRECONDITIONINGS = ("edm", "vp_epsilon")
+
+
+class Coefficients(NamedTuple):
+    """c_skip, c_out, c_in [B] in float32 and c_noise [B], what the network is told about sigma."""
+
+    c_skip: Float[Tensor, "batch"]
+    c_out: Float[Tensor, "batch"]
+    c_in: Float[Tensor, "batch"]
+    c_noise: Float[Tensor, "batch"]
+
+
+@dataclass(frozen=True)
+class EDMPreconditioning:
+    """EDM, arXiv 2206.00364, Table 1, last column.
+
+    Args:
+        sigma_data: standard deviation of the data (0.5 for images in [-1, 1]).
+        noise_scale: factor on ``c_noise`` before the network's timestep embedding. 1 is EDM's; a larger one spreads
+            ``ln(sigma) / 4``, which spans about [-1.6, 1.1], over the frequencies of a DDPM timestep embedding.
+    """
+
+    sigma_data: float = 0.5
+    noise_scale: float = 1.0
+
+    def __call__(self, sigma: Float[Tensor, "batch"]) -> Coefficients:
+        """Coefficients for noise levels [B]."""
+        sigma = sigma.to(torch.float32)
+        total = sigma**2 + self.sigma_data**2
+        return Coefficients(
+            c_skip=self.sigma_data**2 / total,
+            c_out=sigma * self.sigma_data / total.sqrt(),
+            c_in=1 / total.sqrt(),
+            c_noise=self.noise_scale * sigma.log() / 4,
+        )
+
+    def weight(self, sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """Loss weight ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2``, [B]."""
+        return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+
+@dataclass(frozen=True)
+class VPEpsilonPreconditioning:
+    """A DDPM's noise prediction as a denoiser (EDM, arXiv 2206.00364, Table 1, column VP).
+
+    Args:
+        alphas_cumprod: the training schedule's cumulative signal power, one per step, descending.
+    """
+
+    alphas_cumprod: tuple[float, ...]
+
+    @property
+    def sigmas(self) -> Float[Tensor, "steps"]:
+        """Noise-to-signal ratio of every training step, ascending, float64."""
+        alphas = torch.tensor(self.alphas_cumprod, dtype=torch.float64, device="cpu")
+        return ((1 - alphas) / alphas).sqrt()
+
+    def timestep(self, sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """t(sigma): the training step whose noise-to-signal ratio is sigma, interpolated in log sigma between steps.
+
+        A sigma that is a step's own (up to float32 rounding) gives that whole step, so that a converted model sees
+        the embeddings that it was trained with.
+        """
+        steps = self.sigmas.log().numpy()
+        t = np.interp(sigma.double().log().cpu().numpy(), steps, np.arange(len(steps)))
+        whole = np.round(t)
+        t = np.where(np.abs(t - whole) < 1e-3, whole, t)
+        return torch.from_numpy(np.atleast_1d(t)).to(sigma.device, torch.float32)
+
+    def __call__(self, sigma: Float[Tensor, "batch"]) -> Coefficients:
+        """Coefficients for noise levels [B]."""
+        t = self.timestep(sigma)
+        sigma = sigma.to(torch.float32)
+        return Coefficients(
+            c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (1 + sigma**2).sqrt(), c_noise=t
+        )
+
+    def weight(self, sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """Loss weight ``1 / sigma^2 = 1 / c_out^2``: the plain error of the predicted noise, [B]."""
+        return 1 / sigma**2
+
+
+Preconditioning = EDMPreconditioning | VPEpsilonPreconditioning
+
+
+def expand(coefficient: Float[Tensor, "batch"], like: Tensor) -> Tensor:
+    """A per-sample coefficient [B] shaped [B, 1, ..., 1] for a batch of samples."""
+    return coefficient.reshape(-1, *([1] * (like.ndim - 1)))

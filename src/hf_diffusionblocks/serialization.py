@@ -1,0 +1,211 @@
+"""The files of a blocked model on disk: one weight file per block, written atomically, verified when read.
+
+Layout (beside ``config.json``)::
+
+    shared.safetensors              what the blocks share (may be empty)
+    block-00.safetensors, ...       one file per block
+    model.safetensors.index.json    the standard transformers index; its metadata carries a SHA-256 per file
+
+Every file is written beside its final name and renamed, the index last.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SHARED_NAME = "shared.safetensors"
+_BLOCK_NAME = re.compile(r"block-(\d{2,})\.safetensors")
+
+
+def block_file(block: int) -> str:
+    """Name of a block's weight file."""
+    return f"block-{block:02d}.safetensors"
+
+
+def file_of_key(key: str) -> str:
+    """Weight file of a state-dict key: ``blocks.<b>.…`` lies in block b's file, everything else is shared."""
+    parts = key.split(".")
+    if parts[0] == "blocks" and len(parts) > 2 and parts[1].isdigit():
+        return block_file(int(parts[1]))
+    return SHARED_NAME
+
+
+def describe_file(name: str) -> str:
+    """A file's name with its block, for messages."""
+    match = _BLOCK_NAME.fullmatch(name)
+    return f"{name} (block {int(match.group(1))})" if match else name
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Call ``write`` on a temporary name in the same directory, flush it to the disk and rename it to ``path``."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(temporary)
+    try:
+        write(temporary)
+        # Directories and files are made with the permissions of the umask, as any other file is; mkstemp's are 0600.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file) -> str:
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file atomically."""
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # a full disk arrives as this
+            raise OSError(f"cannot write {path}: {error}. Free disk space or choose another directory.") from error
+
+    atomic_write(path, write)
+
+
+def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
+    """Write a model's weights by block, then the index. Entries of blocks that are not in ``state_dict`` are kept."""
+    files: dict[str, dict[str, Tensor]] = {SHARED_NAME: {}}
+    for key, tensor in state_dict.items():
+        files.setdefault(file_of_key(key), {})[key] = tensor
+    index_path = directory / INDEX_NAME
+    index = {"metadata": {"sha256": {}, "bytes": {}}, "weight_map": {}}
+    if index_path.is_file():
+        old = read_index(index_path)
+        keep = {f for f in set(old["weight_map"].values()) if f not in files and (directory / f).is_file()}
+        index["weight_map"] = {k: f for k, f in old["weight_map"].items() if f in keep}
+        for kind in ("sha256", "bytes"):
+            index["metadata"][kind] = {
+                f: v for f, v in old["metadata"].get(kind, {}).items() if f in keep
+            }
+    for name, tensors in sorted(files.items()):
+        write_tensors(directory / name, tensors)
+        index["metadata"]["sha256"][name] = sha256(directory / name)
+        index["metadata"]["bytes"][name] = sum(t.numel() * t.element_size() for t in tensors.values())
+        index["weight_map"].update(dict.fromkeys(tensors, name))
+    index["metadata"]["total_size"] = sum(index["metadata"]["bytes"].values())
+    write_json(index_path, index)
+
+
+def read_index(path: Path) -> dict:
+    """Read and check an index.
+
+    Raises:
+        ValueError: if it is not JSON, has no weight map, or names a file that is not one of a blocked model's.
+    """
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        weight_map, metadata = index["weight_map"], index.setdefault("metadata", {})
+        well_formed = isinstance(weight_map, dict) and isinstance(metadata, dict)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a safetensors index ({error}). Save or download the model again.") from error
+    if not well_formed:
+        raise ValueError(f"{path} is not a safetensors index. Save or download the model again.")
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or (name != SHARED_NAME and not _BLOCK_NAME.fullmatch(name)):
+            raise ValueError(
+                f"{path} maps {key!r} to {name!r}, which is not a file of a blocked model "
+                f"({SHARED_NAME} or block-NN.safetensors)."
+            )
+    return index
+
+
+def files_for(index: dict, blocks: Iterable[int] | None) -> list[str]:
+    """The files that hold the given blocks (all, if None) and the shared parts.
+
+    Raises:
+        ValueError: if the index knows no weights of a block.
+    """
+    present = set(index["weight_map"].values())
+    if blocks is None:
+        return sorted(present)
+    for block in blocks:
+        if block_file(block) not in present:
+            raise ValueError(
+                f"the index has no weights of block {block}: it holds "
+                f"{', '.join(describe_file(name) for name in sorted(present)) or 'nothing'}."
+            )
+    return sorted(({block_file(b) for b in blocks} | {SHARED_NAME}) & present)
+
+
+def verify_file(path: Path, index: dict) -> None:
+    """Check that a weight file is there, whole, and has the content that the index promises.
+
+    Raises:
+        ValueError: naming the file and its block.
+    """
+    name = describe_file(path.name)
+    if not path.is_file():
+        raise ValueError(f"{name} is missing from {path.parent}. Copy or download it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{name} in {path.parent} is truncated or corrupted ({error}). Download it again.") from error
+    wanted = {key for key, file_name in index["weight_map"].items() if file_name == path.name}
+    if not wanted <= keys:
+        raise ValueError(f"{name} in {path.parent} lacks {sorted(wanted - keys)[0]!r}, which the index promises.")
+    digest = index["metadata"].get("sha256", {}).get(path.name)
+    if digest is not None and sha256(path) != digest:
+        raise ValueError(
+            f"{name} in {path.parent} is corrupted: its SHA-256 is not the one in {INDEX_NAME}. Download it again."
+        )
+
+
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file, with a clear error if it is missing or broken."""
+    try:
+        with safe_open(path, framework="pt", device=device) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{describe_file(path.name)} in {path.parent} cannot be read ({error}).") from error
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors hold, each storage element counted once."""
+    seen: dict[int, int] = {}
+    for tensor in tensors:
+        if tensor.device.type == "meta":
+            seen[id(tensor)] = tensor.numel() * tensor.element_size()
+        else:
+            seen[tensor.data_ptr() if tensor.numel() else id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def same_tensors(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two state dicts are bitwise equal."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)

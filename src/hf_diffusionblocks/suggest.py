@@ -1,0 +1,17 @@
+"""One way to say that a name is not known: the value, the nearest allowed one, all allowed ones."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def unknown_name(what: str, name: object, allowed: Iterable[object]) -> str:
+    """Message for an unknown name.
+
+    Example:
+        >>> unknown_name("partition", "unifrm", ["uniform", "explicit"])
+        "unknown partition 'unifrm': did you mean 'uniform'? Allowed: explicit, uniform."
+    """
+    names = sorted(str(a) for a in allowed)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"unknown {what} {str(name)!r}: {hint}Allowed: {', '.join(names) or 'none'}."

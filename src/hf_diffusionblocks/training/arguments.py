@@ -1,0 +1,127 @@
+"""Settings of a training run, under the names of transformers' `TrainingArguments` wherever they mean the same."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import SchedulerType
+
+from ..suggest import unknown_name
+
+BLOCK_ORDERS = ("random", "round_robin", "sequential")
+MIXED_PRECISIONS = ("no", "bf16")
+
+
+@dataclass
+class DiffusionBlocksTrainingArguments:
+    """Settings of :class:`DiffusionBlocksTrainer`.
+
+    Budgets, warm-up and schedules count *per block*: each block gets as many updates as the end-to-end model would
+    (B blocks x K updates x L / B layers is the compute of K end-to-end updates).
+
+    Raises:
+        ValueError: naming the value, what is allowed and how to mend it.
+    """
+
+    output_dir: str = field(default="runs/diffusionblocks", metadata={"help": "where checkpoints and logs go"})
+    max_steps: int = field(default=-1, metadata={"help": "updates of each block; -1: from num_train_epochs"})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "passes of each block over the data"})
+    blocks: list[int] | None = field(default=None, metadata={"help": "train these blocks only; default all resident"})
+    block_order: str = field(default="random", metadata={"help": f"which block steps next: {', '.join(BLOCK_ORDERS)}"})
+    steps_per_visit: int = field(default=1, metadata={"help": "consecutive updates of a block per visit"})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "samples per forward pass"})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per update"})
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
+    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "a transformers schedule, per block"})
+    warmup_steps: int = field(default=0, metadata={"help": "warm-up updates of each block"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of weight matrices; biases and norms have none"})
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW beta2"})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW epsilon"})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "clip a block's gradient norm; 0: no clipping"})
+    use_ema: bool = field(default=True, metadata={"help": "keep a moving average of the weights; it is what is saved"})
+    ema_max_decay: float = field(default=0.9999, metadata={"help": "largest decay of the average"})
+    ema_inv_gamma: float = field(default=8.0, metadata={"help": "decay = 1 - (1 + update / inv_gamma)^-power"})
+    ema_power: float = field(default=1.0, metadata={"help": "1: the average spans a fixed share of the run so far"})
+    mixed_precision: str = field(default="no", metadata={"help": f"autocast: {', '.join(MIXED_PRECISIONS)}"})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations inside a block"})
+    torch_compile: bool = field(default=False, metadata={"help": "compile each block"})
+    distillation_weight: float = field(default=0.0, metadata={"help": "share of the loss against a frozen base"})
+    horizontal_flip: bool = field(default=False, metadata={"help": "mirror images at random"})
+    seed: int = field(default=0, metadata={"help": "of everything random"})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "worker processes per block's data stream"})
+    logging_steps: int = field(default=50, metadata={"help": "log every so many iterations (updates of any block)"})
+    save_steps: int = field(default=0, metadata={"help": "checkpoint every so many iterations; 0: only at the end"})
+    save_total_limit: int | None = field(default=2, metadata={"help": "keep the newest checkpoints only"})
+    eval_steps: int = field(default=0, metadata={"help": "held-out loss every so many iterations; 0: at the end"})
+    eval_samples: int | None = field(default=1024, metadata={"help": "held-out samples to score during the run"})
+    report_to: list[str] = field(default_factory=list, metadata={"help": "Accelerate trackers, such as tensorboard"})
+    disable_tqdm: bool = field(default=False, metadata={"help": "no progress bar"})
+    cpu: bool = field(default=False, metadata={"help": "use the CPU even where there is an accelerator"})
+
+    def __post_init__(self) -> None:
+        if isinstance(self.report_to, str):
+            self.report_to = [] if self.report_to in ("none", "") else [self.report_to]
+        for name, low in (
+            ("steps_per_visit", 1),
+            ("per_device_train_batch_size", 1),
+            ("gradient_accumulation_steps", 1),
+            ("logging_steps", 1),
+            ("warmup_steps", 0),
+            ("save_steps", 0),
+            ("eval_steps", 0),
+            ("dataloader_num_workers", 0),
+        ):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < low:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
+        if self.max_steps != -1 and self.max_steps < 1:
+            raise ValueError(f"max_steps={self.max_steps} must be at least 1 update per block, or -1 for epochs.")
+        if self.max_steps == -1 and not (math.isfinite(self.num_train_epochs) and self.num_train_epochs > 0):
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be positive.")
+        for name in ("learning_rate", "adam_epsilon", "ema_inv_gamma", "ema_power"):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}={value!r} must be a positive number.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)!r} must not be negative.")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1).")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(f"save_total_limit={self.save_total_limit} must be at least 1, or None to keep all.")
+        for name, allowed in (
+            ("block_order", BLOCK_ORDERS),
+            ("mixed_precision", MIXED_PRECISIONS),
+            ("lr_scheduler_type", [s.value for s in SchedulerType]),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(name, getattr(self, name), allowed))
+
+    def updates_per_block(self, num_samples: int) -> int:
+        """K, the number of updates that each block gets on a data set of so many samples."""
+        if self.max_steps > 0:
+            return self.max_steps
+        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        return max(1, math.ceil(self.num_train_epochs * num_samples / per_update))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain values."""
+        return asdict(self)
+
+
+# Settings that may differ when a run is resumed: they change what is written and where, never the weights.
+RESUMABLE_CHANGES = frozenset(
+    {
+        "output_dir",
+        "dataloader_num_workers",
+        "logging_steps",
+        "save_steps",
+        "save_total_limit",
+        "eval_steps",
+        "eval_samples",
+        "report_to",
+        "disable_tqdm",
+    }
+)

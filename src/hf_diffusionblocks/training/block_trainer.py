@@ -1,0 +1,164 @@
+"""The trainer of one block. It knows nothing of other blocks: stepping several is a loop over such trainers."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from transformers import get_scheduler
+
+from ..modeling import BlockedPreTrainedModel
+from ..objectives import ObjectiveResult
+from .arguments import DiffusionBlocksTrainingArguments
+from .data_stream import SampleOrder, batches, derive_seed
+
+Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
+
+
+class BlockTrainer:
+    """One block's optimizer, schedule, moving average and random stream.
+
+    Everything random in update u of block b follows from (seed, b, u), so a run can stop and go on anywhere, and a job
+    that trains block b alone draws what one process that trains all blocks draws.
+    """
+
+    def __init__(
+        self,
+        model: BlockedPreTrainedModel,
+        block: int,
+        objective: Objective,
+        dataset: Any,
+        args: DiffusionBlocksTrainingArguments,
+        accelerator: Accelerator,
+        num_updates: int,
+    ):
+        self.model, self.block, self.objective = model, block, objective
+        self.dataset, self.args, self.accelerator = dataset, args, accelerator
+        named = [(n, p) for n, p in model.block_parameters(block) if p.requires_grad]
+        if not named:
+            raise ValueError(f"block {block} has no parameter to train: all are frozen.")
+        self.names = [name for name, _ in named]
+        self.parameters = [parameter for _, parameter in named]
+        decayed = [p for p in self.parameters if p.ndim > 1]
+        others = [p for p in self.parameters if p.ndim <= 1]
+        self.optimizer = torch.optim.AdamW(
+            [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=args.learning_rate,
+            betas=(args.adam_beta1, args.adam_beta2),
+            eps=args.adam_epsilon,
+            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
+        )
+        # Not prepared by Accelerate, which would step it once per process (huggingface/accelerate#2773).
+        self.lr_scheduler = get_scheduler(
+            args.lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=args.warmup_steps,
+            num_training_steps=num_updates,
+        )
+        self.ema = self._make_ema() if args.use_ema else None
+        self.updates = 0
+        self._batches: Iterator[dict[str, Tensor]] | None = None
+
+    def _make_ema(self) -> EMAModel:
+        return EMAModel(
+            self.parameters,
+            decay=self.args.ema_max_decay,
+            use_ema_warmup=True,
+            inv_gamma=self.args.ema_inv_gamma,
+            power=self.args.ema_power,
+            foreach=True,
+        )
+
+    def _next_batch(self) -> dict[str, Tensor]:
+        args = self.args
+        if self._batches is None:
+            order = SampleOrder(len(self.dataset), args.seed, self.block)
+            per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            self._batches = batches(
+                self.dataset,
+                order,
+                self.updates * per_update,
+                args.per_device_train_batch_size,
+                args.dataloader_num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        batch = next(self._batches)
+        for name, value in batch.items():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                bad = int((~torch.isfinite(value)).flatten(1).any(1).sum())
+                raise ValueError(
+                    f"{bad} of {len(value)} samples in a batch have non-finite {name}. Clean the data set first."
+                )
+        return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
+
+    def step(self) -> dict[str, Tensor | float | int]:
+        """One update of the block. Returns tensors for the log, not yet synchronised with the device."""
+        args, accelerator = self.args, self.accelerator
+        seed = derive_seed(args.seed, "update", self.block, self.updates)
+        generator = torch.Generator().manual_seed(seed)
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+        total, parts, sigmas = None, {}, []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed)  # dropout inside the layers
+            for _ in range(args.gradient_accumulation_steps):
+                batch = self._next_batch()
+                with accelerator.autocast():
+                    result = self.objective(self.model, self.block, batch, generator)
+                accelerator.backward(result.loss / args.gradient_accumulation_steps)
+                share = result.loss.detach() / args.gradient_accumulation_steps
+                total = share if total is None else total + share
+                sigmas.append(result.sigma)
+                for name, value in result.parts.items():
+                    parts[name] = parts.get(name, 0) + value / args.gradient_accumulation_steps
+        if args.max_grad_norm > 0:
+            grad_norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+        else:
+            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        lr = self.lr_scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        self.updates += 1
+        return {
+            "block": self.block,
+            "update": self.updates,
+            "loss": total,
+            "grad_norm": grad_norm,
+            "learning_rate": lr,
+            "sigma": torch.cat(sigmas),
+            **parts,
+        }
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Any]:
+        """The optimizer's state, as ``torch.optim`` gives it."""
+        return self.optimizer.state_dict()
+
+    def scalars(self) -> dict[str, Any]:
+        """Counters and the schedule's state, JSON-ready."""
+        schedule = self.lr_scheduler.state_dict()
+        return {
+            "updates": self.updates,
+            "lr_scheduler": {k: v for k, v in schedule.items() if isinstance(v, (int, float, list, bool)) or v is None},
+            "ema_step": self.ema.optimization_step if self.ema is not None else None,
+        }
+
+    def ema_tensors(self) -> dict[str, Tensor]:
+        """The averaged weights under their names in the model's state dict; empty without an average."""
+        return dict(zip(self.names, self.ema.shadow_params, strict=True)) if self.ema is not None else {}
+
+    def load(self, optimizer: dict[str, Any], scalars: dict[str, Any], ema: dict[str, Tensor]) -> None:
+        """Take over a saved state; the weights are loaded by the caller."""
+        self.optimizer.load_state_dict(optimizer)
+        self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | scalars["lr_scheduler"])
+        self.updates = scalars["updates"]
+        self._batches = None
+        if self.ema is not None:
+            self.ema.optimization_step = scalars["ema_step"]
+            for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
+                shadow.copy_(ema[name])

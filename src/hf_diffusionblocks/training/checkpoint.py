@@ -1,0 +1,144 @@
+"""Checkpoints of a run: written whole or not at all, checked before anything is loaded.
+
+A checkpoint is a directory ``checkpoint-<iteration>``: the model by block (loadable with ``from_pretrained``), one
+``ema-NN.safetensors`` and ``optimizer-NN.pt`` per block, and ``trainer_state.json`` with counters, the identity of the
+run and a SHA-256 of every file. It is written under another name and renamed.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import serialization
+from ..modeling import BlockedPreTrainedModel, remove_tree
+from .block_trainer import BlockTrainer
+
+STATE_NAME = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_STAGING = re.compile(r"\.(checkpoint-\d+\.(writing|removed-\d+))")
+
+
+def find_checkpoints(output_dir: Path) -> list[Path]:
+    """Whole checkpoints of a run, oldest first. Half-written ones have other names."""
+    if not output_dir.is_dir():
+        return []
+    found = [(int(m.group(1)), p) for p in output_dir.iterdir() if (m := _NAME.fullmatch(p.name))]
+    return [path for _, path in sorted(found) if (path / STATE_NAME).is_file()]
+
+
+def clean_staging(output_dir: Path) -> None:
+    """Remove what an interrupted write left behind."""
+    if output_dir.is_dir():
+        for path in output_dir.iterdir():
+            if _STAGING.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def write_checkpoint(
+    output_dir: Path,
+    iteration: int,
+    model: BlockedPreTrainedModel,
+    trainers: dict[int, BlockTrainer],
+    identity: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write a checkpoint, then remove the oldest beyond ``keep``.
+
+    Raises:
+        OSError: if it cannot be written (a full disk, say); earlier checkpoints stay.
+    """
+    target = output_dir / f"checkpoint-{iteration}"
+    staging = output_dir / f".checkpoint-{iteration}.writing"
+    shutil.rmtree(staging, ignore_errors=True)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        staging.mkdir()
+        model.save_pretrained(staging)
+        for block, trainer in trainers.items():
+            serialization.write_tensors(staging / f"ema-{block:02d}.safetensors", trainer.ema_tensors())
+            path = staging / f"optimizer-{block:02d}.pt"
+            with open(path, "wb") as file:
+                torch.save(trainer.tensors(), file)
+                file.flush()
+                os.fsync(file.fileno())
+        files = {p.name: serialization.sha256(p) for p in sorted(staging.iterdir())}
+        state = {
+            "iteration": iteration,
+            "identity": identity,
+            "blocks": {str(block): trainer.scalars() for block, trainer in trainers.items()},
+            "files": files,
+        }
+        serialization.write_json(staging / STATE_NAME, state)
+        remove_tree(target)
+        os.replace(staging, target)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        shutil.rmtree(staging, ignore_errors=True)
+        raise OSError(
+            f"cannot write {target}: {error}. Earlier checkpoints are untouched; free disk space and start the same "
+            "command again to go on from the last one."
+        ) from error
+    if keep is not None:
+        for old in find_checkpoints(output_dir)[:-keep]:
+            remove_tree(old)
+    return target
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's counters and identity, after checking that every file is there and whole.
+
+    Raises:
+        ValueError: naming the file, with its block.
+    """
+    path = checkpoint / STATE_NAME
+    if not path.is_file():
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {STATE_NAME}.")
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        files = state["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is corrupted ({error}). Remove {checkpoint} and resume from an older one.") from error
+    for name, digest in files:
+        file = checkpoint / Path(name).name
+        problem = None
+        if not file.is_file():
+            problem = "is missing"
+        elif serialization.sha256(file) != digest:
+            problem = "is truncated or corrupted: its SHA-256 is not the recorded one"
+        if problem:
+            named = serialization.describe_file(name)
+            raise ValueError(f"{named} in {checkpoint} {problem}. Remove {checkpoint} and resume from an older one.")
+    return state
+
+
+def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
+    """Raise a ``ValueError`` naming the first difference between a checkpoint's run and the current one."""
+    for group, values in current.items():
+        old_values = saved.get(group, {})
+        for name in sorted(set(values) | set(old_values)):
+            old, new = old_values.get(name), values.get(name)
+            if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
+                raise ValueError(
+                    f"{checkpoint} belongs to another run: its {group} has {name}={old!r}, this one {name}={new!r}. "
+                    "Use the same settings to resume, or another output_dir (or --overwrite) to start anew."
+                )
+
+
+def load_checkpoint(
+    checkpoint: Path, state: dict[str, Any], model: BlockedPreTrainedModel, trainers: dict[int, BlockTrainer]
+) -> None:
+    """Load weights, averages, moments and counters into a model and its block trainers."""
+    device = next(model.parameters()).device
+    for block, trainer in trainers.items():
+        if str(block) not in state["blocks"]:
+            raise ValueError(f"{checkpoint} has no state of block {block}; it has blocks {list(state['blocks'])}.")
+        weights = serialization.read_tensors(checkpoint / serialization.block_file(block))
+        prefix = f"blocks.{block}."
+        model.block(block).load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
+        optimizer = torch.load(checkpoint / f"optimizer-{block:02d}.pt", map_location=device, weights_only=True)
+        ema = serialization.read_tensors(checkpoint / f"ema-{block:02d}.safetensors")
+        trainer.load(optimizer, state["blocks"][str(block)], ema)

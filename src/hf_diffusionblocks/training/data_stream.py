@@ -1,0 +1,91 @@
+"""Which samples an update sees: a function of seed, block and update number alone, so that nothing has to be saved."""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+
+def derive_seed(*parts: Any) -> int:
+    """A 63-bit seed from any values; the same everywhere."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+class SampleOrder:
+    """An endless order of samples: one permutation after the other, each a function of seed, block and epoch.
+
+    Args:
+        num_samples: size of the data set.
+        seed: of the run.
+        block: every block has an order of its own.
+    """
+
+    def __init__(self, num_samples: int, seed: int, block: int):
+        self.num_samples, self.seed, self.block = num_samples, seed, block
+        self._cached: dict[int, list[int]] = {}
+
+    def indices(self, start: int, count: int) -> list[int]:
+        """The samples at positions ``start`` to ``start + count`` of the order."""
+        result = []
+        while len(result) < count:
+            epoch, offset = divmod(start + len(result), self.num_samples)
+            result += self._permutation(epoch)[offset : offset + count - len(result)]
+        return result
+
+    def _permutation(self, epoch: int) -> list[int]:
+        if epoch not in self._cached:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", self.block, epoch))
+            self._cached = {k: v for k, v in self._cached.items() if k == epoch - 1}
+            self._cached[epoch] = torch.randperm(self.num_samples, generator=generator).tolist()
+        return self._cached[epoch]
+
+
+class _IndexBatches(Sampler):
+    def __init__(self, order: SampleOrder, start: int, batch_size: int):
+        self.order, self.start, self.batch_size = order, start, batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        position = self.start
+        while True:
+            yield self.order.indices(position, self.batch_size)
+            position += self.batch_size
+
+
+class _Batched(Dataset):
+    """Any map-style data set, read by a list of indices."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+        return fetch(self.dataset, indices)
+
+
+def fetch(dataset: Any, indices: list[int]) -> dict[str, Tensor]:
+    """One batch of a data set.
+
+    ``dataset[list]`` must give a dict of tensors, as ``datasets.Dataset`` (format ``torch``) and
+    :class:`~hf_diffusionblocks.data.ImageDataset` do; a data set that knows single indices only is collated.
+    """
+    try:
+        batch = dataset[indices]
+    except TypeError:
+        batch = default_collate([dataset[i] for i in indices])
+    return batch
+
+
+def batches(
+    dataset: Any, order: SampleOrder, start: int, batch_size: int, num_workers: int, pin_memory: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Endless batches from position ``start`` of the order on."""
+    sampler = _IndexBatches(order, start, batch_size)
+    if num_workers == 0:
+        for indices in sampler:
+            yield fetch(dataset, indices)
+    yield from DataLoader(
+        _Batched(dataset), sampler=sampler, batch_size=None, num_workers=num_workers, pin_memory=pin_memory
+    )

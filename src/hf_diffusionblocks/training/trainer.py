@@ -1,0 +1,419 @@
+"""The loop over block trainers: which block steps next, logs, held-out figures, checkpoints, resuming."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState
+
+from ..modeling import BlockedPreTrainedModel
+from ..objectives import DenoisingScoreMatching, HeldOutLoss, held_out_loss
+from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
+from .block_trainer import BlockTrainer, Objective
+from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
+from .data_stream import derive_seed, fetch
+
+UPDATES_NAME = "updates.jsonl"
+EVALUATIONS_NAME = "evaluations.jsonl"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or the gradient norm became NaN or infinite."""
+
+
+class DiffusionBlocksTrainer:
+    """Trains the blocks of a model, each alone, by denoising score matching (arXiv 2506.14202, section 3).
+
+    One block steps per iteration; the order and every random draw follow from ``args.seed``, so a run that was killed
+    at any instant goes on to the same weights, bit for bit, on the same kind of machine.
+
+    Args:
+        model: a blocked model; its resident blocks (or ``args.blocks``) are trained in place.
+        args: settings.
+        train_dataset: ``len()`` and ``dataset[list of indices]`` giving ``pixel_values`` [n, channels, height, width]
+            in [-1, 1] and ``class_labels`` [n].
+        eval_dataset: held-out data of the same form.
+        objective: ``objective(model, block, batch, generator)``; :class:`DenoisingScoreMatching` by default.
+        teacher: frozen base for ``args.distillation_weight``.
+        callbacks: transformers ``TrainerCallback``; they get ``model``, ``trainer`` and the log as keyword arguments.
+
+    Raises:
+        ValueError: for an empty data set, images or labels that do not fit the model, before any work.
+
+    Example:
+        >>> trainer = DiffusionBlocksTrainer(model, args, train_dataset)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> trainer.save_model("runs/model")  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: BlockedPreTrainedModel,
+        args: DiffusionBlocksTrainingArguments,
+        train_dataset: Any,
+        eval_dataset: Any | None = None,
+        *,
+        objective: Objective | None = None,
+        teacher: BlockedPreTrainedModel | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
+        self.output_dir = Path(args.output_dir)
+        self.accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            cpu=args.cpu,
+            log_with=args.report_to or None,
+            project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir)),
+        )
+        if self.accelerator.num_processes > 1:
+            raise ValueError(
+                f"{self.accelerator.num_processes} processes were launched; this trainer runs in one. "
+                "Train different blocks in separate commands with blocks=[b]."
+            )
+        self.model = model.to(self.accelerator.device)
+        if teacher is not None:
+            teacher.to(self.accelerator.device)
+        self.objective = objective or DenoisingScoreMatching(teacher, args.distillation_weight, args.horizontal_flip)
+        self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
+        for block in self.blocks:
+            model.block(block)
+        self._check_dataset(train_dataset, "training")
+        if eval_dataset is not None:
+            self._check_dataset(eval_dataset, "held-out")
+        self.num_updates = args.updates_per_block(len(train_dataset))
+        self._prepare_model()
+        self.trainers = {
+            block: BlockTrainer(model, block, self.objective, train_dataset, args, self.accelerator, self.num_updates)
+            for block in self.blocks
+        }
+        self.schedule = block_schedule(self.blocks, self.num_updates, args)
+        self.iteration = 0
+        self.control = TrainerControl()
+        self.state = TrainerState(max_steps=len(self.schedule), is_world_process_zero=True)
+        self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
+        self.callbacks = list(callbacks or [])
+        self._pending: list[dict[str, Any]] = []
+        self._stop_signal: int | None = None
+        self.training_seconds = 0.0
+
+    def _prepare_model(self) -> None:
+        self.model.train()
+        if self.args.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.args.torch_compile:
+            for block in self.blocks:
+                self.model.block(block).compile()
+
+    def _check_dataset(self, dataset: Any, what: str) -> None:
+        if len(dataset) == 0:
+            raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
+        batch = fetch(dataset, list(range(min(4, len(dataset)))))
+        if not isinstance(batch, dict) or "pixel_values" not in batch or "class_labels" not in batch:
+            names = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+            raise ValueError(
+                f"a batch of the {what} data set holds {names}; the trainer needs 'pixel_values' and 'class_labels'. "
+                "Load it with load_image_dataset(image_column=…, label_column=…) or rename its columns."
+            )
+        try:
+            self.model.check_input(batch["pixel_values"], class_labels=batch["class_labels"])
+        except ValueError as error:
+            raise ValueError(f"the {what} data set does not fit the model: {error}") from error
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None) -> dict[str, Any]:
+        """Train every block for its budget.
+
+        Args:
+            resume_from_checkpoint: a checkpoint directory, True for the newest in ``output_dir`` (from the start if
+                there is none), or None to start anew.
+
+        Returns:
+            A summary: iterations, updates per block, seconds, the mean loss of each block's last updates.
+
+        Raises:
+            ValueError: if the checkpoint is broken or belongs to another run.
+            NonFiniteLossError: if a loss is not finite; names block, update and noise range. The last good checkpoint
+                stays, nothing is written after it.
+            OSError: if a checkpoint cannot be written.
+        """
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        clean_staging(self.output_dir)
+        self._resume(resume_from_checkpoint)
+        if self.args.report_to:
+            self.accelerator.init_trackers("diffusionblocks", config=_flat(self.args.to_dict()))
+        self._notify("on_train_begin")
+        start = time.perf_counter()
+        bar = tqdm(
+            total=len(self.schedule),
+            initial=self.iteration,
+            desc=f"training {len(self.blocks)} block{'s' * (len(self.blocks) > 1)}",
+            unit="update",
+            disable=self.args.disable_tqdm,
+        )
+        with bar, self._finish_update_on_signal():
+            while self.iteration < len(self.schedule):
+                self._iterate(bar)
+                if self._stop_signal is not None or self.control.should_training_stop:
+                    break
+        self._flush()
+        self.training_seconds += time.perf_counter() - start
+        finished = self.iteration == len(self.schedule)
+        if not find_checkpoints(self.output_dir) or find_checkpoints(self.output_dir)[-1].name != self._name:
+            self._save_checkpoint()
+        if self._stop_signal is not None:
+            number, self._stop_signal = self._stop_signal, None
+            raise KeyboardInterrupt(
+                f"stopped by signal {number} after iteration {self.iteration}; saved in {self.output_dir / self._name}"
+            )
+        if finished and self.eval_dataset is not None and self._can_evaluate:
+            self.evaluate()
+        self._notify("on_train_end")
+        if self.args.report_to:
+            self.accelerator.end_training()
+        return self.summary()
+
+    @property
+    def _name(self) -> str:
+        return f"checkpoint-{self.iteration}"
+
+    def _iterate(self, bar: tqdm) -> None:
+        args = self.args
+        block = self.schedule[self.iteration]
+        self._pending.append(self.trainers[block].step())
+        self.iteration += 1
+        self.state.global_step = self.iteration
+        bar.update()
+        log = self.iteration % args.logging_steps == 0
+        save = args.save_steps > 0 and self.iteration % args.save_steps == 0
+        evaluate = args.eval_steps > 0 and self.iteration % args.eval_steps == 0
+        self._notify("on_step_end")
+        if log or save or evaluate or self.control.should_save or self.control.should_evaluate:
+            means = self._flush()
+            if means:
+                bar.set_postfix({k.removeprefix("loss/"): f"{v:.3f}" for k, v in means.items() if "loss/" in k})
+        if (evaluate or self.control.should_evaluate) and self.eval_dataset is not None and self._can_evaluate:
+            self.evaluate()
+        if save or self.control.should_save:
+            self._save_checkpoint()
+        self.control.should_save = self.control.should_evaluate = False
+
+    def _notify(self, event: str, **values: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self.args, self.state, self.control, model=self.model, trainer=self, **values)
+
+    def _flush(self) -> dict[str, float]:
+        """Bring pending losses to the host, check them, log them. Returns the means that were logged."""
+        pending, self._pending = self._pending, []
+        if not pending:
+            return {}
+        rows = []
+        first = self.iteration - len(pending)
+        for offset, record in enumerate(pending):
+            sigma = record.pop("sigma")
+            row = {k: (v.item() if isinstance(v, Tensor) else v) for k, v in record.items()}
+            row["iteration"] = first + offset + 1
+            if not all(torch.isfinite(torch.tensor(row[k])) for k in ("loss", "grad_norm")):
+                raise NonFiniteLossError(
+                    f"the loss of block {row['block']} became {row['loss']} (gradient norm {row['grad_norm']}) in its "
+                    f"update {row['update']} (iteration {row['iteration']}), with noise levels from "
+                    f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. The last good checkpoint is "
+                    f"{self._last_checkpoint()}. Lower the learning rate, clip the gradient, or check the data."
+                )
+            rows.append(row)
+        with open(self.output_dir / UPDATES_NAME, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        means: dict[str, float] = {}
+        for block in sorted({row["block"] for row in rows}):
+            mine = [row for row in rows if row["block"] == block]
+            for name in mine[0].keys() - {"block", "update", "iteration"}:
+                means[f"{name}/block_{block}"] = sum(row[name] for row in mine) / len(mine)
+        self._track(means)
+        self._notify("on_log", logs=means)
+        return means
+
+    def _track(self, values: dict[str, float]) -> None:
+        self.state.log_history.append({"step": self.iteration, **values})
+        if self.args.report_to:
+            self.accelerator.log(values, step=self.iteration)
+
+    def _last_checkpoint(self) -> str:
+        found = find_checkpoints(self.output_dir)
+        return str(found[-1]) if found else "none yet"
+
+    @contextlib.contextmanager
+    def _finish_update_on_signal(self) -> Iterator[None]:
+        """Ctrl-C and SIGTERM end the run after the current update, with a checkpoint; a second one at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request(number: int, _frame: Any) -> None:
+            if self._stop_signal is not None:
+                raise KeyboardInterrupt
+            self._stop_signal = number
+
+        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    # -- held-out figures ----------------------------------------------------------------------------------------
+
+    @property
+    def _can_evaluate(self) -> bool:
+        """Held-out loss over all noise needs every block."""
+        return len(self.model.resident_blocks) == self.model.partition.num_blocks
+
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, for as long as the block lasts."""
+        averages = [t for t in self.trainers.values() if t.ema is not None]
+        for trainer in averages:
+            trainer.ema.store(trainer.parameters)
+            trainer.ema.copy_to(trainer.parameters)
+        try:
+            yield
+        finally:
+            for trainer in averages:
+                trainer.ema.restore(trainer.parameters)
+
+    def evaluate(self, dataset: Any | None = None, num_draws: int = 1) -> HeldOutLoss:
+        """Held-out denoising loss of the averaged weights, over all noise and per block's range; logged."""
+        dataset = self.eval_dataset if dataset is None else dataset
+        if dataset is None:
+            raise ValueError("no held-out data: give eval_dataset to the trainer or a data set to evaluate().")
+        with self.averaged_weights():
+            result = held_out_loss(
+                self.model, dataset, num_draws=num_draws, max_samples=self.args.eval_samples, seed=self.args.seed
+            )
+        values = {"eval_loss": result.total}
+        values |= {f"eval_loss/block_{b}": v for b, v in enumerate(result.per_range)}
+        with open(self.output_dir / EVALUATIONS_NAME, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
+        self._track(values)
+        self._notify("on_evaluate", metrics=values)
+        return result
+
+    def summary(self) -> dict[str, Any]:
+        """Iterations, updates per block, seconds of this process's training, mean loss of each block's last updates."""
+        losses: dict[int, list[float]] = {}
+        path = self.output_dir / UPDATES_NAME
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                losses.setdefault(row["block"], []).append(row["loss"])
+        return {
+            "iterations": self.iteration,
+            "updates_per_block": {block: trainer.updates for block, trainer in self.trainers.items()},
+            "training_seconds": self.training_seconds,
+            "last_losses": {b: sum(v[-50:]) / len(v[-50:]) for b, v in sorted(losses.items())},
+        }
+
+    # -- saving and resuming -------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | os.PathLike | None = None) -> Path:
+        """Save the averaged weights (the trained ones without an average) in the layout of ``from_pretrained``."""
+        target = Path(output_dir) if output_dir is not None else self.output_dir / "model"
+        with self.averaged_weights():
+            self.model.save_pretrained(target)
+        return target
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be resumed: model, settings, data."""
+        config = self.model.config.to_dict()
+        config = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path", "architectures")}
+        args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
+        first = fetch(self.train_dataset, [0, len(self.train_dataset) - 1])["pixel_values"]
+        digest = hashlib.sha256(first.float().contiguous().numpy().tobytes()).hexdigest()[:16]
+        data = {
+            "num_samples": len(self.train_dataset),
+            "fingerprint": getattr(self.train_dataset, "fingerprint", None) or digest,
+        }
+        return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
+
+    def _save_checkpoint(self) -> None:
+        self._flush()
+        write_checkpoint(
+            self.output_dir, self.iteration, self.model, self.trainers, self.identity, self.args.save_total_limit
+        )
+        self._notify("on_save")
+
+    def _resume(self, resume: str | os.PathLike | bool | None) -> None:
+        if resume is True:
+            found = find_checkpoints(self.output_dir)
+            checkpoint = found[-1] if found else None
+        else:
+            checkpoint = Path(resume) if resume else None
+        if checkpoint is None:
+            if self.iteration == 0:
+                for name in (UPDATES_NAME, EVALUATIONS_NAME):
+                    (self.output_dir / name).unlink(missing_ok=True)
+            return
+        state = read_state(checkpoint)
+        check_identity(state["identity"], self.identity, checkpoint)
+        load_checkpoint(checkpoint, state, self.model, self.trainers)
+        self.iteration = self.state.global_step = state["iteration"]
+        for name in (UPDATES_NAME, EVALUATIONS_NAME):
+            _truncate_log(self.output_dir / name, self.iteration)
+
+
+def block_schedule(blocks: list[int], num_updates: int, args: DiffusionBlocksTrainingArguments) -> list[int]:
+    """The block of each iteration: every block gets exactly ``num_updates`` (arXiv 2506.14202, Alg. 1 draws b).
+
+    ``random`` shuffles the visits, ``round_robin`` takes turns, ``sequential`` finishes block after block; a visit
+    lasts ``args.steps_per_visit`` updates (the last one of a block may be shorter).
+    """
+    whole, rest = divmod(num_updates, args.steps_per_visit)
+    visits = [args.steps_per_visit] * whole + [rest] * bool(rest)
+    plan = [(block, length) for length in visits for block in blocks]
+    if args.block_order == "sequential":
+        plan = [(block, length) for block in blocks for length in visits]
+    elif args.block_order == "random":
+        generator = torch.Generator().manual_seed(derive_seed(args.seed, "block order"))
+        plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
+    return [block for block, length in plan for _ in range(length)]
+
+
+def _truncate_log(path: Path, iteration: int) -> None:
+    """Drop what was logged after the checkpoint (and a last line that a kill cut short)."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
+
+
+def overwrite_run(output_dir: Path) -> None:
+    """Remove a run's files so that it starts anew. Only what a run writes is removed."""
+    for path in [*find_checkpoints(output_dir), output_dir / "model", output_dir / "samples"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (UPDATES_NAME, EVALUATIONS_NAME):
+        (output_dir / name).unlink(missing_ok=True)
