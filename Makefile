@@ -22,8 +22,9 @@ help: ## Print the targets
 
 install: $(STAMP) ## Set up .venv (the other targets do it themselves)
 
-# $(STARTED) lies in .venv while an install runs. One that finds it there was interrupted: an environment in an
-# unknown state, thrown away. An environment without it is kept and brought up to date.
+# $(STARTED) lies in .venv while an install runs. A call that finds it was preceded by one that was killed or failed
+# half-way, and throws the environment away, whose state is unknown. An install that ends before it changed a package
+# (no network, Ctrl-C) takes the marker with it, so that the environment of before stays.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ -z "$(PYTHON)" ] || ! "$(PYTHON)" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then \
 		echo "error: Python 3.11 or newer is needed, found: $(or $(PYTHON),no python3.11 and no newer python3)." \
@@ -32,8 +33,12 @@ $(STAMP): pyproject.toml constraints.txt
 	@mkdir -p $(VENV) && rm -f $@ && touch $(STARTED)
 	@[ -x $(PY) ] || "$(PYTHON)" -m venv $(VENV) || { echo "error: no virtual environment could be made with" \
 		"$(PYTHON) (on Debian: apt-get install python3-venv)." >&2; exit 1; }
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $(STARTED) && mv $(STARTED) $@
+	@unchanged() { [ -n "$$(find $(VENV)/lib -name '*.dist-info' -newer $(STARTED))" ] || rm -f $(STARTED); }; \
+	trap 'unchanged; exit 130' HUP INT TERM; \
+	echo "$(PY) -m pip install -c constraints.txt -e '.[dev]'"; \
+	if $(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'; \
+	then touch $(STARTED) && mv $(STARTED) $@; \
+	else unchanged; exit 1; fi
 
 demo: $(STAMP) ## Train a blocked DiT on the digits data set and write its report to runs/digits-dit
 	$(PY) -m hf_diffusionblocks train digits-dit --output-dir runs/digits-dit --overwrite --report

@@ -67,9 +67,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                 "(num_train_timesteps, beta_start, beta_end, beta_schedule)."
             )
         partition = self._make_partition()
-        self.noise = {
-            name: getattr(partition.noise, name) for name in ("p_mean", "p_std", "sigma_min", "sigma_max")
-        }
+        self.noise = {name: getattr(partition.noise, name) for name in ("p_mean", "p_std", "sigma_min", "sigma_max")}
         self.edges = list(partition.edges)
         self.layers_per_block = list(partition.layers_per_block)
 

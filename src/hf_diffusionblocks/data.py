@@ -10,10 +10,11 @@ import hashlib
 import json
 import numbers
 import os
+import reprlib
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .serialization import atomic_write
 from .suggest import unknown_name
 
 KNOWN_DATASETS = ("digits", "fashion-mnist")
@@ -170,7 +172,8 @@ def load_image_dataset(
               (``imagefolder``, parquet, ...), the name of one of its builders, or a data set's id on the Hub;
             - a ``datasets`` object.
         split: name of the split; for ``datasets`` sources also slices such as ``"train[:10%]"``.
-        image_column: column of images; by default the only one of type ``Image``, or named like one.
+        image_column: column of images; by default the only one of type ``Image``, or named like one. Sources without
+            columns leave it and ``label_column`` aside.
         label_column: column of integer labels; by default the only one of type ``ClassLabel``, or named like one.
         image_size: crop to the central square and resize to this side (bicubic with antialiasing), in pixels.
         channels: 1 (grey) or 3 (RGB), converted if need be; by default those of the first image.
@@ -189,24 +192,27 @@ def load_image_dataset(
     for name, value in (("image_size", image_size), ("max_samples", max_samples)):
         if value is not None and (not isinstance(value, numbers.Integral) or value < 1):
             raise ValueError(f"{name}={value!r} must be a positive integer.")
+    if isinstance(name_or_path, (str, os.PathLike)):
+        name_or_path = os.path.expanduser(name_or_path)
     known = isinstance(name_or_path, str) and name_or_path in KNOWN_DATASETS
-    path = Path(name_or_path) if isinstance(name_or_path, (str, os.PathLike)) and not known else None
+    path = Path(name_or_path) if isinstance(name_or_path, str) and not known else None
     if name_or_path == "fashion-mnist":
         path = Path(data_dir or os.environ.get("FASHION_MNIST_DIR") or FASHION_MNIST_DIR)
         data_dir = None
     latents = _latent_files(path, split) if path and not known else None
     if not latents and channels not in (None, *_MODES):
         raise ValueError(f"channels={channels!r} is not possible for images: use 1 (grey) or 3 (RGB).")
-    if not (latents or known or (path and any(path.glob("*-images-idx3-ubyte*")))):
-        dataset = _open_hub(name_or_path, split, streaming, data_dir, data_files, load_dataset_kwargs)
-        columns = (image_column, label_column)
-        images, labels, names = _load_hub(dataset, columns, image_size, channels, max_samples, disable_progress)
+    is_hub = not (latents or known or (path and any(path.glob("*-images-idx3-ubyte*"))))
+    loading = {"data_dir": data_dir, "data_files": data_files, "streaming": streaming or None, **load_dataset_kwargs}
+    if not (is_hub and path) and (given := [name for name, value in loading.items() if value is not None]):
+        source = repr(name_or_path) if isinstance(name_or_path, str) else f"a {type(name_or_path).__name__}"
+        raise ValueError(f"{', '.join(given)}: no setting for {source}, which `datasets.load_dataset` does not load.")
+    if is_hub:
+        dataset = _open_hub(name_or_path, split, loading)
+        images, labels, names = _load_hub(
+            dataset, image_column, label_column, image_size, channels, max_samples, disable_progress
+        )
         return ImageDataset(images, labels, names, scaling_factor=scaling_factor)
-
-    unused = {"image_column": image_column, "label_column": label_column, "data_dir": data_dir}
-    unused.update(data_files=data_files, streaming=streaming or None, **load_dataset_kwargs)
-    if given := [name for name, value in unused.items() if value is not None]:
-        raise ValueError(f"{', '.join(given)}: no setting of {str(name_or_path)!r}, which `datasets` does not read.")
     if latents:
         images, labels, names = _load_latents(latents)
         if image_size not in (None, images.shape[-1]) or channels not in (None, images.shape[1]):
@@ -280,13 +286,15 @@ def cache_latents(
         raise ValueError("the data set holds latents already: give the images.")
     if channels != vae.config.in_channels or any(side % factor for side in size):
         raise ValueError(
-            f"images of shape {[channels, *size]} do not fit the VAE, which takes {vae.config.in_channels} channels and "
-            f"sides that are multiples of {factor}: load them with channels= and image_size=."
+            f"images {[channels, *size]} do not fit the VAE, which takes {vae.config.in_channels} channels and sides "
+            f"that are multiples of {factor}: load them with channels= and image_size=."
         )
     fingerprint = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
     if fingerprint is None:
         raise ValueError(f"{type(dataset).__name__} needs a fingerprint, by which a resumed run knows its data.")
-    vae = vae.to(device=device or vae.device, dtype=dtype or vae.dtype).eval()
+    vae = vae.to(device or vae.device).eval()
+    if dtype is not None and dtype != vae.dtype:  # diffusers warns of a cast even where it changes nothing
+        vae = vae.to(dtype)
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     starts = range(0, len(dataset), shard_size)
     settings = {
@@ -330,7 +338,8 @@ def cache_latents(
                         f"the latent of row {rows[i + bad]} is not finite in {vae.dtype}: use dtype=torch.float32."
                     )
                 bar.update(len(z))
-            _save_atomically({"latents": torch.cat(latents), "labels": torch.cat(labels)}, file, metadata)
+            tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
+            atomic_write(file, partial(save_file, tensors, metadata=metadata))
         else:
             bar.update(len(rows))
     bar.close()
@@ -354,8 +363,8 @@ def _class_labels(labels: Any) -> Tensor:
         values = labels if isinstance(labels, list) else array.tolist()
         row = next((i for i, v in enumerate(values) if not np.issubdtype(np.asarray(v).dtype, np.integer)), 0)
         raise ValueError(
-            f"the label of row {row}, {values[row]!r}, is not an integer class index; for names or floats use "
-            "`dataset.class_encode_column(...)` of the datasets library first."
+            f"the label of row {row}, {reprlib.repr(values[row])}, is not an integer class index; turn names or "
+            "floats into one with `dataset.class_encode_column(...)` of the datasets library."
         )
     if (array < 0).any():
         row = int((array < 0).argmax())
@@ -386,16 +395,6 @@ def _square(images: Tensor, size: int) -> Tensor:
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
     images = images[..., top : top + side, left : left + side]
     return images if side == size else F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-
-
-def _save_atomically(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        save_file(tensors, part, metadata)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 # Digits and IDX files
@@ -493,32 +492,33 @@ def _weights_fingerprint(module: torch.nn.Module) -> str:
 # Everything that `datasets` reads
 
 
-def _open_hub(source: Any, split: str, streaming: bool, data_dir: Any, data_files: Any, kwargs: dict) -> Any:
-    """A ``datasets.Dataset`` or ``IterableDataset``."""
+def _open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
+    """A ``datasets.Dataset`` or ``IterableDataset``; ``loading`` holds arguments of ``datasets.load_dataset``."""
     import datasets
+    import pyarrow
 
-    if isinstance(source, (str, os.PathLike)):
+    if isinstance(source, str):
         path = Path(source)
         try:
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 source = datasets.load_from_disk(str(path))
             else:
-                name = str(source)
+                name, loading = source, {k: v for k, v in loading.items() if v is not None}
                 if path.is_file():
                     if path.suffix not in (".parquet", ".arrow"):
                         raise ValueError(f"{path}: a file must be .parquet or .arrow; for images give their directory.")
-                    name, data_files = path.suffix[1:], str(path)
-                source = datasets.load_dataset(
-                    name, split=split, data_dir=None if data_dir is None else str(data_dir), data_files=data_files,
-                    streaming=streaming, **kwargs,
-                )  # fmt: skip
-        except (OSError, datasets.exceptions.DatasetsError) as err:
+                    name, loading["data_files"] = path.suffix[1:], str(path)
+                if "data_dir" in loading:
+                    loading["data_dir"] = str(loading["data_dir"])
+                source = datasets.load_dataset(name, split=split, **loading)
+        except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as err:
             reason = str(err.__cause__ if isinstance(err, datasets.exceptions.DatasetGenerationError) else err)
-            if path.exists() or data_files is not None or data_dir is not None:
-                raise ValueError(f"{data_files or data_dir or path} cannot be read by `datasets`: {reason}") from err
+            files = loading.get("data_files") or loading.get("data_dir")
+            if files or path.exists():
+                raise ValueError(f"{files or path} cannot be read by `datasets`: {reason}") from err
             raise ValueError(
-                f"{unknown_name('data set', source, KNOWN_DATASETS)} Nor is it a path here, or a data set of the Hub "
-                f"within reach: {reason}"
+                f"{unknown_name('data set', source, KNOWN_DATASETS)} It is no path on this machine either, and "
+                f"was not found on the Hub: {reason}"
             ) from err
     if isinstance(source, dict):  # DatasetDict, IterableDatasetDict
         if split not in source:
@@ -531,8 +531,9 @@ def _open_hub(source: Any, split: str, streaming: bool, data_dir: Any, data_file
 
 def _load_hub(
     dataset: Any,
-    columns: tuple[str | None, str | None],
-    image_size: int | None,
+    image_column: str | None,
+    label_column: str | None,
+    size: int | None,
     channels: int | None,
     max_samples: int | None,
     disable_progress: bool,
@@ -541,50 +542,54 @@ def _load_hub(
 
     dataset = dataset.with_format(None)
     features = dataset.features or dict.fromkeys(next(iter(dataset), {}))  # a stream may not know its types
-    image_column = _column("image", columns[0], features, datasets.Image, ("image", "img", "images", "png", "jpg"))
-    label_column = _column("label", columns[1], features, datasets.ClassLabel, ("label", "labels", "cls", "class"))
+    image_column = _column("image", image_column, features, datasets.Image, ("image", "img", "images", "png", "jpg"))
+    label_column = _column("label", label_column, features, datasets.ClassLabel, ("label", "labels", "cls", "class"))
     names = getattr(features[label_column], "names", None)
     if isinstance(features[image_column], datasets.Image):
         # Encoded bytes: rows are decoded below, where a bad one can be named.
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    cache = None
     if isinstance(dataset, datasets.IterableDataset):
-        rows = list(dataset if max_samples is None else dataset.take(max_samples))
-        labels, values = [r[label_column] for r in rows], [r[image_column] for r in rows]
-        cache = None
+        cells = list(dataset if max_samples is None else dataset.take(max_samples))
+        labels, values = [c[label_column] for c in cells], [c[image_column] for c in cells]
+        rows = np.arange(len(cells))
     else:
-        # Classes are counted before rows are left out: a subset keeps the number of classes.
         labels = dataset.select_columns(label_column)[:][label_column]
-        if names is None and labels:
-            names = [str(i) for i in range(int(_class_labels(labels).max()) + 1)]
         rows = _subset(len(dataset), max_samples or len(dataset))
-        labels, dataset = [labels[i] for i in rows], dataset if max_samples is None else dataset.select(rows)
+        dataset = dataset if max_samples is None else dataset.select(rows)
         values = (v for start in range(0, len(rows), 256) for v in dataset[start : start + 256][image_column])
-        key = json.dumps([1, dataset._fingerprint, image_column, image_size, channels]).encode()
-        cache = Path(datasets.config.HF_DATASETS_CACHE, "hf_diffusionblocks", hashlib.sha256(key).hexdigest()[:32])
-        cache = cache.with_suffix(".safetensors") if len(rows) > CACHE_MIN_IMAGES else None
+        if len(rows) > CACHE_MIN_IMAGES:
+            key = json.dumps([1, dataset._fingerprint, image_column, size, channels]).encode()
+            name = f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
+            cache = Path(datasets.config.HF_DATASETS_CACHE, "hf_diffusionblocks", name)
     if not labels:
         raise ValueError("the data set is empty: at least one image is needed. Check the split and any filter.")
     labels = _class_labels(labels)
+    # Classes are counted before rows are left out: a subset keeps the number of classes.
+    names = [str(i) for i in range(int(labels.max()) + 1)] if names is None else names
+    labels = labels[torch.from_numpy(rows)]
     if cache is not None and cache.is_file():
         try:
             return load_file(cache)["images"], labels, names
         except (SafetensorError, OSError, KeyError):
             pass  # a damaged cache is written again
     images = None
-    for row, value in enumerate(tqdm(values, "decoding", len(labels), delay=2, unit="img", disable=disable_progress)):
+    bar = tqdm(values, "decoding", len(rows), delay=2, unit="img", disable=disable_progress)
+    for i, value in enumerate(bar):
         mode = _MODES[channels] if channels else None if images is None else _MODES[images.shape[1]]
-        pixels = _decode(value, row, mode, strict=channels is None)
-        pixels = pixels if image_size is None else _square(pixels[None], image_size)[0]
+        pixels = _decode(value, int(rows[i]), mode, strict=channels is None)
+        pixels = pixels if size is None else _square(pixels[None], size)[0]
         if images is None:
             images = torch.empty((len(labels), *pixels.shape), dtype=torch.uint8)
         if pixels.shape != images.shape[1:]:
             raise ValueError(
-                f"the image of row {row} is {pixels.shape[1]}x{pixels.shape[2]} (height x width), that of row 0 is "
-                f"{images.shape[2]}x{images.shape[3]}: give image_size= to bring all to one size."
+                f"the image of row {rows[i]} is {pixels.shape[1]}x{pixels.shape[2]} (height x width), that of row "
+                f"{rows[0]} is {images.shape[2]}x{images.shape[3]}: give image_size= to bring all to one size."
             )
-        images[row] = pixels
+        images[i] = pixels
     if cache is not None:
-        _save_atomically({"images": images}, cache)
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(cache, partial(save_file, {"images": images}))
     return images, labels, names
 
 
@@ -619,7 +624,7 @@ def _decode(value: Any, row: int, mode: str | None, strict: bool) -> Tensor:
         if image.mode[0] in "IF":
             raise ValueError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits first")
         if strict and mode == "L" and coloured:
-            raise ValueError(f"it has mode {image.mode} but row 0 is grey; give channels=1 or channels=3")
+            raise ValueError(f"it has mode {image.mode} but the first image is grey; give channels=1 or channels=3")
         pixels = np.array(image.convert(mode))
     except Exception as err:  # each of PIL's codecs has errors of its own
         raise ValueError(f"the image of row {row}{path} cannot be read: {err}.") from err

@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,24 @@ from transformers.utils import ModelOutput, cached_file
 
 from . import serialization
 from .configuration import DiffusionBlocksConfig
+from .partition import BlockPartition
 from .preconditioning import expand
+
+# Blocks may lie in one directory if the configs agree on these.
+_SAME_MODEL = (
+    "model_type",
+    "dtype",
+    "base_config",
+    "num_blocks",
+    "layers_per_block",
+    "noise",
+    "edges",
+    "overlap",
+    "preconditioning",
+    "sigma_data",
+    "noise_scale",
+    "noise_schedule",
+)
 
 
 @dataclass
@@ -51,20 +69,11 @@ class BlockedPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.partition = config.make_partition()
         self.preconditioning = config.make_preconditioning()
-        resident = self._check_blocks(blocks)
+        resident = range(config.num_blocks) if blocks is None else _checked_blocks(self.partition, blocks)
         # A block's initial weights depend on this draw and on its number, not on which other blocks are resident.
         self._init_seed = int(torch.randint(2**62, ()).item()) if torch.get_default_device().type != "meta" else 0
         self.blocks = nn.ModuleDict({str(b): self.make_block(b) for b in resident})
         self.post_init()
-
-    def _check_blocks(self, blocks: Sequence[int] | None) -> list[int]:
-        if blocks is None:
-            return list(range(self.partition.num_blocks))
-        for block in blocks:
-            self.partition.check_block(block)
-        if not blocks:
-            raise ValueError("blocks=[] selects nothing: name at least one block, or None for all.")
-        return sorted(set(blocks))
 
     # -- what a family defines -----------------------------------------------------------------------------------
 
@@ -75,6 +84,10 @@ class BlockedPreTrainedModel(PreTrainedModel):
     def run_block(self, block: int, scaled: Tensor, c_noise: Tensor, **conditioning: Any) -> Tensor:
         """The raw network F of a block on the scaled input, in the shape of the input."""
         raise TypeError(f"{type(self).__name__} must define run_block().")
+
+    def dummy_batch(self, batch_size: int, **settings: Any) -> dict[str, Tensor]:
+        """A batch of the right shapes and dtypes for the objective, to count memory with; the values mean nothing."""
+        raise TypeError(f"{type(self).__name__} must define dummy_batch().")
 
     def check_input(self, z: Tensor, **conditioning: Any) -> None:
         """Raise a ``ValueError`` for inputs that do not fit the model. Families override it."""
@@ -194,8 +207,9 @@ class BlockedPreTrainedModel(PreTrainedModel):
     ) -> None:
         """Write ``config.json``, one weight file per resident block, the shared file and the index.
 
-        A new directory appears complete or not at all; in an existing one each file is replaced atomically, the
-        index last, and blocks that this model does not hold stay as they are.
+        A new directory appears complete or not at all. In an existing one all files are written beside the old ones
+        and then renamed, the index last; if anything fails, the old ones stay. A model that holds some blocks only
+        leaves the others' files as they are; a whole model removes block files that are not its own.
 
         Args:
             save_directory: where to.
@@ -204,6 +218,7 @@ class BlockedPreTrainedModel(PreTrainedModel):
 
         Raises:
             NotADirectoryError: if the path is a file.
+            ValueError: if this model holds some blocks only and the directory holds another model.
             OSError: if the disk is full; nothing half written stays.
         """
         target = Path(save_directory)
@@ -212,30 +227,46 @@ class BlockedPreTrainedModel(PreTrainedModel):
         if is_main_process:
             self.config.architectures = [type(self).__name__]
             self.config.dtype = self.dtype
-            state_dict = kwargs.pop("state_dict", None) or self.state_dict()
-            if target.exists():
-                self._write_files(target, state_dict)
-            else:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-                    staging = Path(temporary) / "model"
-                    staging.mkdir()
-                    self._write_files(staging, state_dict)
+            state_dict = kwargs.pop("state_dict", None) or self._own_state_dict()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            beside = target if target.exists() else target.parent
+            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as temporary:
+                staging = Path(temporary) / "model"
+                staging.mkdir()
+                self._write_files(staging, state_dict, target)
+                if target.exists():
+                    serialization.move_files(staging, target)
+                else:
                     os.replace(staging, target)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
-    def _write_files(self, directory: Path, state_dict: dict[str, Tensor]) -> None:
-        config_path = directory / "config.json"
-        if config_path.is_file() and len(self.resident_blocks) < self.partition.num_blocks:
-            old = type(self.config).from_pretrained(directory)
-            if old.make_partition() != self.partition or old.base_config != self.config.base_config:
-                raise ValueError(
-                    f"{directory} holds another model (its base config or partition differs): "
-                    "save these blocks in a directory of their own."
-                )
-        serialization.write_json(config_path, self.config.to_dict())
-        serialization.write_weights(directory, state_dict)
+    def _own_state_dict(self) -> dict[str, Tensor]:
+        if "disk" in (getattr(self, "hf_device_map", None) or {}).values():
+            from accelerate.utils.modeling import get_state_dict_offloaded_model
+
+            return get_state_dict_offloaded_model(self)
+        return self.state_dict()
+
+    def _write_files(self, staging: Path, state_dict: dict[str, Tensor], target: Path) -> None:
+        """Write the files of a save to ``target`` into an empty directory."""
+        partial = len(self.resident_blocks) < self.partition.num_blocks
+        config = self.config.to_dict()
+        config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
+        if partial and (target / "config.json").is_file():
+            old = type(self.config).from_pretrained(target).to_dict()
+            for name in _SAME_MODEL:
+                theirs, ours = old[name], config[name]
+                if theirs != ours:
+                    if isinstance(theirs, dict) and isinstance(ours, dict):
+                        key = next(k for k in theirs | ours if theirs.get(k) != ours.get(k))
+                        name, theirs, ours = f"{name}[{key!r}]", theirs.get(key), ours.get(key)
+                    raise ValueError(
+                        f"{target} holds another model: its {name} is {theirs!r}, this one's {ours!r}. "
+                        "Save these blocks in a directory of their own."
+                    )
+        serialization.write_json(staging / "config.json", config)
+        serialization.write_weights(staging, state_dict, beside=target if partial else None)
 
     @classmethod
     def from_pretrained(
@@ -262,12 +293,12 @@ class BlockedPreTrainedModel(PreTrainedModel):
         index_path = find(serialization.INDEX_NAME)
         index = serialization.read_index(index_path)
         if blocks is not None:
-            blocks = sorted(set(blocks))
-            config = kwargs.pop("config", None)
-            if config is None:
-                config = cls.config_class.from_pretrained(pretrained_model_name_or_path, **hub_kwargs)
-            for block in blocks:
-                config.make_partition().check_block(block)
+            config = kwargs.pop("config", None) or pretrained_model_name_or_path
+            if not isinstance(config, DiffusionBlocksConfig):
+                dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+                config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
+                kwargs |= dtype
+            blocks = _checked_blocks(config.make_partition(), blocks)
             kwargs |= {"config": config, "blocks": blocks}
         paths = [find(name) for name in serialization.files_for(index, blocks)]
         for path in paths:
@@ -278,16 +309,23 @@ class BlockedPreTrainedModel(PreTrainedModel):
             )
         else:
             # transformers resolves every file of an index: hand it a directory whose index names only these files.
-            with tempfile.TemporaryDirectory() as view:
+            view = Path(tempfile.mkdtemp(prefix="diffusionblocks-"))
+            try:
                 for path in paths:
-                    os.symlink(path.resolve(), Path(view) / path.name)
+                    os.symlink(path.resolve(), view / path.name)
                 part = {k: f for k, f in index["weight_map"].items() if f in {p.name for p in paths}}
                 serialization.write_json(
-                    Path(view) / serialization.INDEX_NAME, {"metadata": index["metadata"], "weight_map": part}
+                    view / serialization.INDEX_NAME, {"metadata": index["metadata"], "weight_map": part}
                 )
                 for name in hub_kwargs:
                     kwargs.pop(name, None)
                 model, info = super().from_pretrained(view, *model_args, output_loading_info=True, **kwargs)
+                if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
+                    weakref.finalize(model, shutil.rmtree, view, ignore_errors=True)  # it reads from there
+                    view = None
+            finally:
+                if view is not None:
+                    shutil.rmtree(view, ignore_errors=True)
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         missing = sorted(info["missing_keys"])
         if missing:
@@ -298,6 +336,14 @@ class BlockedPreTrainedModel(PreTrainedModel):
     def print_block_parameters(self) -> None:
         """Print a table of the parameters of each block, in the manner of peft's ``print_trainable_parameters``."""
         print(format_block_parameters(self))
+
+
+def _checked_blocks(partition: BlockPartition, blocks: Sequence[int]) -> list[int]:
+    if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not blocks:
+        raise ValueError(f"blocks={blocks!r} must list at least one block, such as [0]; None stands for all.")
+    for block in blocks:
+        partition.check_block(block)
+    return sorted(set(blocks))
 
 
 class _Finder:

@@ -38,10 +38,10 @@ class LogNormalNoise:
         0.301200103
     """
 
-    p_mean: float = -1.2
-    p_std: float = 1.2
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
+    p_mean: float | int = -1.2
+    p_std: float | int = 1.2
+    sigma_min: float | int = 0.002
+    sigma_max: float | int = 80.0
 
     def __post_init__(self) -> None:
         for name in ("p_mean", "p_std", "sigma_min", "sigma_max"):
@@ -65,11 +65,11 @@ class LogNormalNoise:
     def _u_range(self) -> tuple[float, float]:
         return self._u(self.sigma_min), self._u(self.sigma_max)
 
-    def _u(self, sigma: float) -> float:
+    def _u(self, sigma: float | int) -> float:
         z = torch.tensor((math.log(sigma) - self.p_mean) / self.p_std, dtype=torch.float64, device="cpu")
         return float(torch.special.ndtr(z))
 
-    def cdf(self, sigma: Float[Tensor, "..."] | float) -> Float[Tensor, "..."]:
+    def cdf(self, sigma: Float[Tensor, "..."] | float | int) -> Float[Tensor, "..."]:
         """Share of the truncated distribution at or below ``sigma``; 0 at ``sigma_min``, 1 at ``sigma_max``.
 
         Args:
@@ -82,10 +82,10 @@ class LogNormalNoise:
         u_low, u_high = self._u_range
         return (torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std) - u_low) / (u_high - u_low)
 
-    def icdf(self, q: Float[Tensor, "..."] | float) -> Float[Tensor, "..."]:
+    def icdf(self, q: Float[Tensor, "..."] | float | int) -> Float[Tensor, "..."]:
         """Noise level below which the share ``q`` of the truncated distribution lies (inverse of :meth:`cdf`).
 
-        ``sigma = exp(p_mean + p_std * ndtri(u))`` with ``u = u_min + (u_max - u_min) q`` (arXiv 2506.14202, section 3.3).
+        ``sigma = exp(p_mean + p_std * ndtri(u))``, ``u = u_min + (u_max - u_min) q`` (arXiv 2506.14202, section 3.3).
 
         Args:
             q: shares in [0, 1], any shape.
@@ -106,8 +106,8 @@ class LogNormalNoise:
     def sample(
         self,
         shape: tuple[int, ...] | int,
-        low: float | None = None,
-        high: float | None = None,
+        low: float | int | None = None,
+        high: float | int | None = None,
         generator: torch.Generator | None = None,
     ) -> Float[Tensor, "..."]:
         """Draw noise levels from the density renormalised to ``[low, high]`` (arXiv 2506.14202, section 3.3).
@@ -136,7 +136,9 @@ class LogNormalNoise:
         return self.icdf(q.clamp(0, 1)).clamp(low, high)
 
 
-def karras_grid(num_steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Float[Tensor, "num_steps"]:
+def karras_grid(
+    num_steps: int, sigma_min: float | int, sigma_max: float | int, rho: float | int = 7.0
+) -> Float[Tensor, "num_steps"]:
     """The EDM inference grid (EDM, arXiv 2206.00364, Eq. 5), without the final zero.
 
     Args:
@@ -178,7 +180,7 @@ def equal_probability_grid(num_steps: int, noise: LogNormalNoise) -> Float[Tenso
     return noise.icdf(torch.linspace(1, 0, num_steps, dtype=torch.float64, device="cpu"))
 
 
-def _float64(value: Tensor | float | list[float]) -> Tensor:
+def _float64(value: Tensor | float | int | list[float | int]) -> Tensor:
     # Numbers stay on the CPU whatever the default device is: models are built on the meta device.
     return value.double() if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu")
 

@@ -203,6 +203,4 @@ def held_out_loss(
     for high, low in zip(edges, edges[1:], strict=False):
         inside = (sigmas <= high) & (sigmas >= low)
         per_range.append(float(losses[inside].mean()) if inside.any() else float("nan"))
-    return HeldOutLoss(
-        float(losses.mean()), per_range, edges, total, float(losses.std() / max(total, 1) ** 0.5)
-    )
+    return HeldOutLoss(float(losses.mean()), per_range, edges, total, float(losses.std() / max(total, 1) ** 0.5))

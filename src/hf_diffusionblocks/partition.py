@@ -34,10 +34,10 @@ class BlockPartition:
         overlap: gamma of App. C; how far training reaches over a block's edges. Never affects inference.
     """
 
-    edges: tuple[float, ...]
+    edges: tuple[float | int, ...]
     layers_per_block: tuple[int, ...]
     noise: LogNormalNoise = field(default_factory=LogNormalNoise)
-    overlap: float = 0.05
+    overlap: float | int = 0.05
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "edges", tuple(float(edge) for edge in self.edges))
@@ -73,7 +73,7 @@ class BlockPartition:
         num_blocks: int,
         num_layers: int,
         noise: LogNormalNoise | None = None,
-        overlap: float = 0.05,
+        overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
         """Every block owns the share 1/B of the training distribution (arXiv 2506.14202, section 3.3).
@@ -89,8 +89,9 @@ class BlockPartition:
             ValueError: for fewer than 1 or more than ``num_layers`` blocks, or numbers that do not sum to it.
 
         Example:
-            >>> BlockPartition.equal_probability(3, 12).range(1)
-            (0.17963247162889378, 0.5050414636135493)
+            >>> low, high = BlockPartition.equal_probability(3, 12).range(1)
+            >>> round(low, 6), round(high, 6)
+            (0.179632, 0.505041)
         """
         noise = noise or LogNormalNoise()
         layers = _spread(num_blocks, num_layers, layers_per_block)
@@ -103,7 +104,7 @@ class BlockPartition:
         num_blocks: int,
         num_layers: int,
         noise: LogNormalNoise | None = None,
-        overlap: float = 0.05,
+        overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
         """Ranges of equal width in sigma (arXiv 2506.14202, Table 7's baseline, as its text defines it).
@@ -112,7 +113,9 @@ class BlockPartition:
         """
         noise = noise or LogNormalNoise()
         layers = _spread(num_blocks, num_layers, layers_per_block)
-        inner = torch.linspace(noise.sigma_max, noise.sigma_min, len(layers) + 1, dtype=torch.float64, device="cpu")[1:-1]
+        inner = torch.linspace(noise.sigma_max, noise.sigma_min, len(layers) + 1, dtype=torch.float64, device="cpu")[
+            1:-1
+        ]
         return cls(_with_ends(inner, noise), layers, noise, overlap)
 
     @classmethod
@@ -121,7 +124,7 @@ class BlockPartition:
         num_blocks: int,
         num_layers: int,
         noise: LogNormalNoise | None = None,
-        overlap: float = 0.05,
+        overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
         """Ranges of equal width in log sigma (arXiv 2506.14202, Table 7's baseline, as its appendix defines it).
@@ -137,10 +140,10 @@ class BlockPartition:
     @classmethod
     def explicit(
         cls,
-        edges: Sequence[float],
+        edges: Sequence[float | int],
         num_layers: int,
         noise: LogNormalNoise | None = None,
-        overlap: float = 0.05,
+        overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
         """Edges chosen by hand.
@@ -204,7 +207,7 @@ class BlockPartition:
         alpha = (high / low) ** self.overlap
         return max(low / alpha, self.noise.sigma_min), min(high * alpha, self.noise.sigma_max)
 
-    def block_of(self, sigma: Float[Tensor, "..."] | float) -> Int64[Tensor, "..."] | int:
+    def block_of(self, sigma: Float[Tensor, "..."] | float | int) -> Int64[Tensor, "..."] | int:
         """The block that owns each noise level; on an inner edge the noisier one.
 
         Args:
@@ -236,7 +239,7 @@ class BlockPartition:
         if isinstance(block, bool) or not isinstance(block, int) or not 0 <= block < self.num_blocks:
             raise ValueError(f"block {block!r} does not exist: the model has blocks 0 to {self.num_blocks - 1}.")
 
-    def check_sigma(self, sigma: Tensor | float) -> None:
+    def check_sigma(self, sigma: Tensor | float | int) -> None:
         """Raise a ``ValueError`` for noise levels that are not finite, not positive or out of range."""
         values = sigma if isinstance(sigma, Tensor) else torch.tensor(float(sigma), dtype=torch.float64, device="cpu")
         low, high = self.noise.sigma_min * (1 - _RANGE_TOLERANCE), self.noise.sigma_max * (1 + _RANGE_TOLERANCE)
@@ -285,6 +288,6 @@ def _spread(num_blocks: int, num_layers: int, layers_per_block: Sequence[int] | 
     layers = tuple(layers_per_block)
     if len(layers) != num_blocks or sum(layers) != num_layers:
         raise ValueError(
-            f"layers_per_block={list(layers)} must name {num_blocks} numbers that sum to the model's {num_layers} layers."
+            f"layers_per_block={list(layers)} must name {num_blocks} numbers that sum to the {num_layers} layers."
         )
     return layers

@@ -43,8 +43,8 @@ class EDMPreconditioning:
             ``ln(sigma) / 4``, which spans about [-1.6, 1.1], over the frequencies of a DDPM timestep embedding.
     """
 
-    sigma_data: float = 0.5
-    noise_scale: float = 1.0
+    sigma_data: float | int = 0.5
+    noise_scale: float | int = 1.0
 
     def __call__(self, sigma: Float[Tensor, "batch"]) -> Coefficients:
         """Coefficients for noise levels [B]."""
@@ -94,9 +94,7 @@ class VPEpsilonPreconditioning:
         """Coefficients for noise levels [B]."""
         t = self.timestep(sigma)
         sigma = sigma.to(torch.float32)
-        return Coefficients(
-            c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (1 + sigma**2).sqrt(), c_noise=t
-        )
+        return Coefficients(c_skip=torch.ones_like(sigma), c_out=-sigma, c_in=1 / (1 + sigma**2).sqrt(), c_noise=t)
 
     def weight(self, sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         """Loss weight ``1 / sigma^2 = 1 / c_out^2``: the plain error of the predicted noise, [B]."""

@@ -10,7 +10,7 @@ the block that owns its noise level, so a step costs one block.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,11 +24,8 @@ GRIDS = ("karras", "equal_probability")
 SOLVERS = ("euler", "heun")
 
 
-class Denoise(Protocol):
-    """``denoise(z, sigma) -> D``: z [batch, ...], sigma a number, D of the shape of z."""
-
-    def __call__(self, z: Tensor, sigma: float) -> Tensor: ...
-
+Denoise = Callable[[Tensor, float], Tensor]
+"""``denoise(z, sigma) -> D``: z [batch, ...], sigma a number, D of the shape of z."""
 
 Callback = Callable[[int, float, Tensor, Tensor], None]
 """``callback(step, sigma, z, denoised)`` after each evaluation that begins a step."""
@@ -204,8 +201,10 @@ def _scheduler_kind(scheduler: Any) -> str:
     if hasattr(scheduler, "sigmas") and not hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
         if not hasattr(scheduler, "sigma_shift") and hasattr(scheduler, "init_noise_sigma"):
             return "sigma"
-    elif hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "final_alpha_cumprod") or (
-        type(scheduler).__name__ == "DDPMScheduler"
+    elif (
+        hasattr(scheduler, "alphas_cumprod")
+        and hasattr(scheduler, "final_alpha_cumprod")
+        or (type(scheduler).__name__ == "DDPMScheduler")
     ):
         return "variance_preserving"
     raise ValueError(

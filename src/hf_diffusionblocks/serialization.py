@@ -42,7 +42,7 @@ def file_of_key(key: str) -> str:
 
 def describe_file(name: str) -> str:
     """A file's name with its block, for messages."""
-    match = _BLOCK_NAME.fullmatch(name)
+    match = re.fullmatch(r"(?:block|ema|optimizer)-(\d{2,})\.\w+", name)
     return f"{name} (block {int(match.group(1))})" if match else name
 
 
@@ -71,6 +71,21 @@ def write_json(path: Path, value: object) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: if the file is not one.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Save or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} does not hold a JSON object. Save or download it again.")
+    return value
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, hexadecimal."""
     with open(path, "rb") as file:
@@ -97,28 +112,57 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     atomic_write(path, write)
 
 
-def write_weights(directory: Path, state_dict: dict[str, Tensor]) -> None:
-    """Write a model's weights by block, then the index. Entries of blocks that are not in ``state_dict`` are kept."""
+def write_weights(directory: Path, state_dict: dict[str, Tensor], beside: Path | None = None) -> None:
+    """Write a model's weights by block, then the index.
+
+    Args:
+        directory: where to, a directory without weights.
+        state_dict: the weights.
+        beside: a saved model; the new index goes on listing its files of blocks that are not in ``state_dict``.
+    """
     files: dict[str, dict[str, Tensor]] = {SHARED_NAME: {}}
     for key, tensor in state_dict.items():
         files.setdefault(file_of_key(key), {})[key] = tensor
-    index_path = directory / INDEX_NAME
     index = {"metadata": {"sha256": {}, "bytes": {}}, "weight_map": {}}
-    if index_path.is_file():
-        old = read_index(index_path)
-        keep = {f for f in set(old["weight_map"].values()) if f not in files and (directory / f).is_file()}
+    if beside is not None and (beside / INDEX_NAME).is_file():
+        old = read_index(beside / INDEX_NAME)
+        keep = {f for f in set(old["weight_map"].values()) if f not in files and (beside / f).is_file()}
         index["weight_map"] = {k: f for k, f in old["weight_map"].items() if f in keep}
         for kind in ("sha256", "bytes"):
-            index["metadata"][kind] = {
-                f: v for f, v in old["metadata"].get(kind, {}).items() if f in keep
-            }
+            index["metadata"][kind] = {f: v for f, v in old["metadata"].get(kind, {}).items() if f in keep}
     for name, tensors in sorted(files.items()):
         write_tensors(directory / name, tensors)
         index["metadata"]["sha256"][name] = sha256(directory / name)
         index["metadata"]["bytes"][name] = sum(t.numel() * t.element_size() for t in tensors.values())
         index["weight_map"].update(dict.fromkeys(tensors, name))
     index["metadata"]["total_size"] = sum(index["metadata"]["bytes"].values())
-    write_json(index_path, index)
+    write_json(directory / INDEX_NAME, index)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Rename a saved model's files into a directory, the index last, over files of the same names.
+
+    If a rename fails, those before it are undone. Block files that the new index does not list are removed.
+    """
+    names = sorted((p.name for p in source.iterdir()), key=lambda name: name == INDEX_NAME)
+    listed = set(read_index(source / INDEX_NAME)["weight_map"].values()) | set(names)
+    done = []
+    try:
+        for name in names:
+            done.append(name)
+            if (target / name).exists():
+                os.replace(target / name, source / f"{name}.old")
+            os.replace(source / name, target / name)
+    except BaseException:
+        for name in reversed(done):
+            if (source / f"{name}.old").exists():
+                os.replace(source / f"{name}.old", target / name)
+            elif not (source / name).exists():
+                (target / name).unlink(missing_ok=True)
+        raise
+    for path in target.iterdir():
+        if _BLOCK_NAME.fullmatch(path.name) and path.name not in listed:
+            path.unlink()
 
 
 def read_index(path: Path) -> dict:
@@ -129,7 +173,7 @@ def read_index(path: Path) -> dict:
     """
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        weight_map, metadata = index["weight_map"], index.setdefault("metadata", {})
+        weight_map, metadata = index["weight_map"], index["metadata"]
         well_formed = isinstance(weight_map, dict) and isinstance(metadata, dict)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a safetensors index ({error}). Save or download the model again.") from error

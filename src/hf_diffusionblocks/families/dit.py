@@ -33,6 +33,20 @@ from ..suggest import unknown_name
 
 _BASE_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
 
+# What the configs of older checkpoints (of `Transformer2DModel`, DiT's first class) hold besides, with the values that
+# mean "not used". Other values describe a network that is not a DiT.
+_LEGACY_SETTINGS = {
+    "cross_attention_dim": None,
+    "num_vector_embeds": None,
+    "use_linear_projection": False,
+    "only_cross_attention": False,
+    "double_self_attention": False,
+    "attention_type": "default",
+    "caption_channels": None,
+    "interpolation_scale": None,
+    "use_additional_conditions": None,
+}
+
 
 class BlockedDiTConfig(DiffusionBlocksConfig):
     """Config of :class:`BlockedDiTModel`: :class:`DiffusionBlocksConfig` and
@@ -57,9 +71,7 @@ class BlockedDiTConfig(DiffusionBlocksConfig):
             raise ValueError(f"label_dropout={self.label_dropout} must lie in [0, 1); DiT uses 0.1.")
         base = self.base_config
         if base["sample_size"] % base["patch_size"]:
-            raise ValueError(
-                f"sample_size={base['sample_size']} is not a multiple of patch_size={base['patch_size']}."
-            )
+            raise ValueError(f"sample_size={base['sample_size']} is not a multiple of patch_size={base['patch_size']}.")
         if (base["num_attention_heads"] * base["attention_head_dim"]) % 4:
             raise ValueError(
                 f"the width num_attention_heads * attention_head_dim = "
@@ -72,8 +84,12 @@ class BlockedDiTConfig(DiffusionBlocksConfig):
             )
 
     def complete_base_config(self, base_config: dict) -> dict:
-        defaults = _dit_defaults()
-        base_config = {k: v for k, v in base_config.items() if not k.startswith("_")}
+        defaults = base_config_defaults()
+        base_config = {
+            k: v
+            for k, v in base_config.items()
+            if not k.startswith("_") and not (k in _LEGACY_SETTINGS and v in (_LEGACY_SETTINGS[k], None, False))
+        }
         for name in base_config:
             if name not in defaults:
                 raise ValueError(unknown_name("DiT setting", name, defaults))
@@ -101,7 +117,8 @@ class BlockedDiTConfig(DiffusionBlocksConfig):
 
 
 @lru_cache(maxsize=1)
-def _dit_defaults() -> dict:
+def base_config_defaults() -> dict:
+    """Settings of diffusers' DiT and their defaults."""
     import inspect
 
     signature = inspect.signature(DiTTransformer2DModel.__init__)
@@ -138,6 +155,13 @@ class BlockedDiTModel(BlockedPreTrainedModel):
     def run_block(self, block: int, scaled: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
         output = self.block(block)(scaled, timestep=c_noise, class_labels=class_labels).sample
         return output[:, : self.config.in_channels]  # a learned variance is not part of the denoiser
+
+    def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:
+        size = self.config.sample_size
+        return {
+            "pixel_values": torch.zeros(batch_size, self.config.in_channels, size, size),
+            "class_labels": torch.zeros(batch_size, dtype=torch.int64),
+        }
 
     def check_input(self, z: Tensor, class_labels: Tensor | None = None) -> None:
         """Raise a ``ValueError`` for images of another shape than the model's or labels out of range."""
@@ -215,12 +239,12 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             ValueError: if the base is not a DiT, or a setting is not allowed.
         """
         if isinstance(base, Mapping):
-            return cls(cls._config_from(dict(base), num_blocks, settings))
+            return cls(cls.config_from(base, num_blocks, **settings))
         base, scheduler = _load_base(base)
         if settings.get("preconditioning") == "vp_epsilon" and "noise_schedule" not in settings and scheduler:
             known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
             settings["noise_schedule"] = {k: scheduler[k] for k in known if scheduler.get(k) is not None}
-        config = cls._config_from(dict(base.config), num_blocks, settings)
+        config = cls.config_from(dict(base.config), num_blocks, **settings)
         with torch.device("meta"):
             model = cls(config)
         weights = base.state_dict()
@@ -239,13 +263,16 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         return model.train(base.training)
 
     @classmethod
-    def _config_from(cls, base_config: dict, num_blocks: int | None, settings: dict) -> BlockedDiTConfig:
-        unknown = [n for n in settings if n not in _config_fields()]
+    def config_from(
+        cls, base_config: Mapping[str, Any], num_blocks: int | None = None, **settings: Any
+    ) -> BlockedDiTConfig:
+        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
+        unknown = [n for n in settings if n not in config_fields()]
         if unknown:
-            raise ValueError(unknown_name("setting", unknown[0], _config_fields()))
+            raise ValueError(unknown_name("setting", unknown[0], config_fields()))
         if num_blocks is None:
             num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
-        return BlockedDiTConfig(base_config=base_config, num_blocks=num_blocks, **settings)
+        return BlockedDiTConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)
 
     def to_base(self, block: int | None = None) -> DiTTransformer2DModel:
         """Give back a diffusers ``DiTTransformer2DModel``.
@@ -261,7 +288,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         if block is None:
             if self.partition.num_blocks > 1:
                 raise ValueError(
-                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one DiT: each block has its "
+                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one DiT: each has its "
                     "own patch embedding and head and expects noisy images, not hidden states. Use to_base(block=b) "
                     "for one block as a DiT of its own layers, or sample with BlockedDiTPipeline."
                 )
@@ -292,14 +319,15 @@ def _set_positions(module: PatchEmbed, device: torch.device | str | None = None)
 
 
 @lru_cache(maxsize=1)
-def _config_fields() -> frozenset[str]:
+def config_fields() -> frozenset[str]:
+    """Settings of a blocked DiT besides its base and number of blocks."""
     fields = set(BlockedDiTConfig.__annotations__) | set(DiffusionBlocksConfig.__annotations__)
     return frozenset(fields - {"base_config", "num_blocks"} | {"id2label", "label2id"})
 
 
 def _load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
     """The base network and, where there is one, its scheduler's config."""
-    from diffusers import DiTPipeline, SchedulerMixin
+    from diffusers import DDPMScheduler, DiTPipeline
 
     if isinstance(base, DiTPipeline):
         return _as_dit(base.transformer), dict(base.scheduler.config)
@@ -309,10 +337,12 @@ def _load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
             raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
         if root.is_dir() and (root / "config.json").is_file():
             return _as_dit(DiTTransformer2DModel.from_pretrained(name)), None
+        if root.is_dir() and not (root / "transformer").is_dir():
+            raise ValueError(f"{name} holds neither a DiT (config.json) nor a DiTPipeline (transformer/).")
         transformer = DiTTransformer2DModel.from_pretrained(name, subfolder="transformer")
-        try:
-            scheduler = SchedulerMixin.load_config(name, subfolder="scheduler")
-        except (OSError, AttributeError):
+        try:  # all of diffusers' schedulers keep their config in a file of the same name
+            scheduler = DDPMScheduler.load_config(name, subfolder="scheduler")
+        except OSError:
             scheduler = None
         return _as_dit(transformer), scheduler
     return _as_dit(base), None

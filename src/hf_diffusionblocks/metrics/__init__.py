@@ -14,10 +14,10 @@ _HOMES = {
     "PrecisionRecall": "image",
     "ClassifierFeatures": "features",
     "FeatureNetwork": "features",
-    "FeatureStatistics": "features",
+    "FeatureStatistics": "statistics",
     "InceptionFeatures": "features",
     "ModuleFeatures": "features",
-    "feature_statistics": "features",
+    "feature_statistics": "statistics",
     "prefer_inception": "features",
     "train_classifier": "features",
 }

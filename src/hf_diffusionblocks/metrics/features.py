@@ -14,7 +14,7 @@ import uuid
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -22,22 +22,32 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+
 @runtime_checkable
 class IndexedImages(Protocol):
-    """Anything indexed like a Hugging Face dataset: `ds[[0, 1]]` is `{"pixel_values": [2, C, H, W], ...}`."""
+    """Anything indexed like a Hugging Face dataset: ``ds[[0, 1]]`` is ``{"pixel_values": [2, C, H, W], ...}``."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: Any) -> Any: ...
 
 
+def as_tensor(value: Any) -> Tensor:
+    """A CPU tensor of a tensor, an array (also read-only or flipped), or a list of either."""
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
+        value = torch.stack(list(value))
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    return torch.from_numpy(np.require(value, requirements=["C", "W"]))
+
+
 def check_images(images: Tensor | np.ndarray, *, channels: tuple[int, ...] | None = None) -> Tensor:
-    """`images` as a float32 tensor [N, C, H, W], clamped to [-1, 1]; `channels` are the allowed C (any when None).
+    """``images`` as a float32 CPU tensor [N, C, H, W], clamped to [-1, 1]; ``channels`` are the allowed C.
 
     Raises ValueError for a wrong number of dimensions or channels, an empty set, integers, values that look like
     0..255, and NaN or infinity (naming how many images hold them).
     """
-    images = torch.as_tensor(images).detach()
+    images = as_tensor(images)
     if images.ndim != 4:
         raise ValueError(f"images must have four dimensions [N, C, H, W], not shape {tuple(images.shape)}")
     if images.numel() == 0:
@@ -89,13 +99,15 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: Tensor | np.ndarray) -> Tensor:
-        """Features of `images` [N, C, H, W] in [-1, 1]: float32 [N, F] on the CPU. Raises ValueError for bad images
-        (see `check_images`), and when the module does not return one finite vector per image."""
+        """Features of ``images`` [N, C, H, W] in [-1, 1]: float32 [N, F] on the CPU. Raises ValueError for bad images
+        (see ``check_images``), and when the module does not return one finite vector per image."""
         images = check_images(images, channels=self.channels)
         features = torch.cat([self._forward(batch, self._features) for batch in images.split(self.batch_size)])
         broken = int((~features.isfinite().all(dim=1)).sum())
         if broken:
-            raise ValueError(f"{self.name} gave NaN or infinity for {broken} of {len(images)} images; check its weights")
+            raise ValueError(
+                f"{self.name} gave NaN or infinity for {broken} of {len(images)} images; check its weights"
+            )
         return features
 
     def _forward(self, batch: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -117,13 +129,16 @@ class FeatureNetwork:
 
 
 class ModuleFeatures(FeatureNetwork):
-    """Any module that maps images to features: a timm model with `num_classes=0`, DINOv2 from the Hub, ...
+    """Any module that maps images to features: a timm model with ``num_classes=0``, DINOv2 from the Hub, ...
 
     Args:
-        name, module, batch_size: as for `FeatureNetwork`. A module that returns a model output of transformers must
-            have a `pooler_output`, which is taken. Results [B, F, 1, 1] are flattened.
+        name, module, batch_size: as for ``FeatureNetwork``. A module that returns a model output of transformers must
+            have a ``pooler_output``, which is taken. Results [B, F, 1, 1] are flattened.
         preprocess: from a float batch [B, C, H, W] in [-1, 1] to what the module takes (resizing, normalisation). Its
             code is part of the fingerprint.
+
+    The fingerprint sees the module's weights and its ``repr``. Plain attributes that change the features must show in
+    the latter (``extra_repr``), or statistics cached for another setting would be taken.
     """
 
     def __init__(
@@ -191,7 +206,7 @@ class InceptionFeatures(FeatureNetwork):
 
 
 def prefer_inception(fallback: FeatureNetwork) -> FeatureNetwork:
-    """`InceptionFeatures` where they can be had; otherwise `fallback`, with a warning that says why."""
+    """``InceptionFeatures`` where they can be had; otherwise ``fallback``, with a warning that says why."""
     try:
         return InceptionFeatures()
     except (ImportError, OSError) as error:
@@ -202,7 +217,7 @@ def prefer_inception(fallback: FeatureNetwork) -> FeatureNetwork:
 class SmallCNN(nn.Module):
     """A classifier small enough to train on a CPU: three convolutions, mean over positions, one linear layer.
 
-    Takes [B, channels, H, W] with H, W of 8 or more; returns logits [B, num_classes]. `features` returns the pooled
+    Takes [B, channels, H, W] with H, W of 8 or more; returns logits [B, num_classes]. ``features`` returns the pooled
     vector [B, feature_dim] from which the logits are read. Widths are multiples of 8 (groups of GroupNorm).
     """
 
@@ -234,9 +249,9 @@ class SmallCNN(nn.Module):
 
 
 class ClassifierFeatures(FeatureNetwork):
-    """A trained `SmallCNN` as a feature network [N, feature_dim] and as a classifier of stated accuracy.
+    """A trained ``SmallCNN`` as a feature network [N, feature_dim] and as a classifier of stated accuracy.
 
-    `accuracy` is the share of held-out images it labels rightly, None when nobody measured it.
+    ``accuracy`` is the share of held-out images it labels rightly, None when nobody measured it.
     """
 
     def __init__(self, name: str, model: SmallCNN, *, accuracy: float | None = None, batch_size: int = 256) -> None:
@@ -258,25 +273,30 @@ class ClassifierFeatures(FeatureNetwork):
         return torch.cat([self._forward(batch, self.model).argmax(dim=1) for batch in images.split(self.batch_size)])
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write `model.safetensors` and `classifier.json`, each beside its final name and then renamed."""
+        """Write ``model.safetensors`` and ``classifier.json``, each beside its final name and then renamed."""
         folder = Path(directory)
         weights = {key: value.detach().cpu().contiguous() for key, value in self.model.state_dict().items()}
         write_atomically(folder / "model.safetensors", save(weights))
-        description = {"name": self.name, "accuracy": self.accuracy, **self.model.config}
-        write_atomically(folder / "classifier.json", (json.dumps(description, indent=2) + "\n").encode())
+        # The fingerprint tells load() when one of the two files is from another save.
+        content = {"name": self.name, "accuracy": self.accuracy, "fingerprint": self.fingerprint, **self.model.config}
+        write_atomically(folder / "classifier.json", (json.dumps(content, indent=2) + "\n").encode())
 
     @classmethod
-    def load(cls, directory: str | os.PathLike[str], *, batch_size: int = 256) -> Self:
-        """What `save` wrote. Raises FileNotFoundError for a folder without it, ValueError for files that disagree."""
+    def load(cls, directory: str | os.PathLike[str], *, batch_size: int = 256) -> "ClassifierFeatures":
+        """What ``save`` wrote. Raises FileNotFoundError for a folder without it, ValueError for files that are damaged
+        or do not belong together."""
         folder = Path(directory)
-        description = json.loads((folder / "classifier.json").read_text())
         try:
-            name, accuracy = description.pop("name"), description.pop("accuracy")
-            model = SmallCNN(**description)
+            content = json.loads((folder / "classifier.json").read_text())
+            name, accuracy, fingerprint = (content.pop(key) for key in ("name", "accuracy", "fingerprint"))
+            model = SmallCNN(**content)
             model.load_state_dict(load_file(folder / "model.safetensors"))
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            classifier = cls(name, model, accuracy=accuracy, batch_size=batch_size)
+            if classifier.fingerprint != fingerprint:
+                raise ValueError("classifier.json describes other weights than model.safetensors holds")
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder} does not hold a classifier that save() wrote: {error}") from error
-        return cls(name, model, accuracy=accuracy, batch_size=batch_size)
+        return classifier
 
 
 def train_classifier(
@@ -294,13 +314,13 @@ def train_classifier(
     feature_dim: int = 64,
     device: str | torch.device = "cpu",
 ) -> ClassifierFeatures:
-    """Train a `SmallCNN` with AdamW on a one-cycle schedule, and measure its accuracy on `eval_dataset`.
+    """Train a ``SmallCNN`` with AdamW on a one-cycle schedule, and measure its accuracy on ``eval_dataset``.
 
     scikit-learn's digits (1437 of 8 x 8, 20 epochs): 99 % in about 4 s on one CPU core.
 
     Args:
-        dataset, eval_dataset: batches hold `pixel_values` [B, C, H, W] in [-1, 1] and `class_labels` int64 [B]. Both
-            are read into memory. They must not share images, or the stated accuracy means nothing.
+        dataset, eval_dataset: batches hold ``pixel_values`` [B, C, H, W] in [-1, 1] and ``class_labels`` int64 [B].
+            Both are read into memory. They must not share images, or the stated accuracy means nothing.
         num_classes: labels lie in 0 .. num_classes - 1.
         seed: fixes the initial weights, the order and the shifts; the global random state is left as it was.
         shift: move every training image by up to one pixel each way, repeating its border.
@@ -312,7 +332,7 @@ def train_classifier(
     images, labels = _labelled(dataset, num_classes)
     eval_images, eval_labels = _labelled(eval_dataset, num_classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed the accelerators too
         model = SmallCNN(images.shape[1], num_classes, width=width, feature_dim=feature_dim)
     model.to(device).train()
     generator = torch.Generator().manual_seed(seed)
@@ -334,7 +354,7 @@ def train_classifier(
 
 def _labelled(dataset: IndexedImages, num_classes: int) -> tuple[Tensor, Tensor]:
     batch = dataset[list(range(len(dataset)))]
-    images, labels = check_images(batch["pixel_values"]), torch.as_tensor(batch["class_labels"]).long()
+    images, labels = check_images(batch["pixel_values"]), as_tensor(batch["class_labels"]).long()
     if labels.shape != images.shape[:1]:
         raise ValueError(f"class_labels have shape {tuple(labels.shape)}, not [{len(images)}], one for each image")
     if labels.min() < 0 or labels.max() >= num_classes:
@@ -352,6 +372,7 @@ def _shifted(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its final name and rename it, making its folder where needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:

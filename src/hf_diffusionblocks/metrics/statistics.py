@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 import torch
@@ -19,16 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from .features import FeatureNetwork, IndexedImages, check_images, write_atomically
+from .features import FeatureNetwork, IndexedImages, as_tensor, check_images, write_atomically
 
 STATISTICS_FORMAT = "1"
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Mean [F] and unbiased covariance [F, F] (float64) of `num_samples` feature vectors of one network.
+    """Mean [F] and unbiased covariance [F, F] (float64) of ``num_samples`` feature vectors of one network.
 
-    `network_fingerprint` and `data_fingerprint` are empty where unknown.
+    ``network_fingerprint`` and ``data_fingerprint`` are empty where unknown.
     """
 
     mean: Float64[Tensor, "F"]
@@ -41,13 +40,13 @@ class FeatureStatistics:
     @classmethod
     def from_batches(
         cls, batches: Iterable[Tensor | np.ndarray], network: str, network_fingerprint: str = ""
-    ) -> Self:
+    ) -> "FeatureStatistics":
         """Statistics of features that come in batches [n, F], held one batch at a time and merged in float64 by Chan,
         Golub & LeVeque (1983), which does not cancel as sums of squares do. Raises ValueError for fewer than two
         samples, widths that differ, and NaN or infinity."""
         count, mean, scatter = 0, torch.zeros(0), torch.zeros(0)
         for batch in batches:
-            batch = torch.as_tensor(batch).detach().cpu().double()
+            batch = as_tensor(batch).double()
             if batch.ndim != 2 or (count and batch.shape[1] != len(mean)):
                 raise ValueError(f"features must be [n, {len(mean) if count else 'F'}], not {tuple(batch.shape)}")
             if broken := int((~batch.isfinite().all(dim=1)).sum()):
@@ -78,8 +77,8 @@ class FeatureStatistics:
         write_atomically(Path(path), save(content, metadata=metadata))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Self:
-        """What `save` wrote. Raises FileNotFoundError, or ValueError for any other file."""
+    def load(cls, path: str | os.PathLike[str]) -> "FeatureStatistics":
+        """What ``save`` wrote. Raises FileNotFoundError, or ValueError for any other file."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path} holds no feature statistics; there is no such file")
         try:
@@ -88,14 +87,14 @@ class FeatureStatistics:
             if metadata.pop("format") != STATISTICS_FORMAT:
                 raise ValueError("unknown format")
             if mean.ndim != 1 or cov.shape != 2 * mean.shape or not (mean.isfinite().all() and cov.isfinite().all()):
-                raise ValueError(f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)} do not fit")
+                raise ValueError(f"mean {tuple(mean.shape)} and covariance {tuple(cov.shape)} disagree or are broken")
             return cls(mean, cov, int(metadata.pop("num_samples")), **metadata)
         except Exception as error:  # safetensors raises its own class, derived from Exception alone
             raise ValueError(f"{path} does not hold feature statistics: {error}") from error
 
 
 def default_cache_dir() -> Path:
-    """`$HF_DIFFUSIONBLOCKS_CACHE`, or `~/.cache/hf_diffusionblocks`."""
+    """``$HF_DIFFUSIONBLOCKS_CACHE``, or ``~/.cache/hf_diffusionblocks``."""
     return Path(os.environ.get("HF_DIFFUSIONBLOCKS_CACHE") or "~/.cache/hf_diffusionblocks").expanduser()
 
 
@@ -115,7 +114,7 @@ def dataset_fingerprint(data: IndexedImages | Tensor | np.ndarray, *, batch_size
     for batch in _image_batches(data, batch_size):
         if not count:
             digest.update(f"{tuple(batch.shape[1:])}".encode())
-        digest.update(batch.cpu().contiguous().numpy())
+        digest.update(batch.contiguous().numpy())
         count += len(batch)
     digest.update(f"{count}".encode())
     return digest.hexdigest()[:32]
@@ -130,14 +129,16 @@ def feature_statistics(
     network before.
 
     The key hashes the network's weights and the pixels themselves, so the data are read once even when the cache
-    answers, and twice when it does not. A file that cannot be read is computed anew, with a warning.
+    answers, and twice when it does not; they must be the same at every reading, so turn random augmentation off. A file
+    that cannot be read is computed anew, with a warning.
 
     Args:
-        cache_dir: `$HF_DIFFUSIONBLOCKS_CACHE` or `~/.cache/hf_diffusionblocks` when None.
+        cache_dir: ``$HF_DIFFUSIONBLOCKS_CACHE`` or ``~/.cache/hf_diffusionblocks`` when None.
     """
     network_hash, data_hash = network.fingerprint, dataset_fingerprint(data)
     key = hashlib.sha256(f"{STATISTICS_FORMAT} {network_hash} {data_hash}".encode()).hexdigest()[:32]
-    path = (default_cache_dir() if cache_dir is None else Path(cache_dir)) / "feature_statistics" / f"{key}.safetensors"
+    folder = default_cache_dir() if cache_dir is None else Path(cache_dir).expanduser()
+    path = folder / "feature_statistics" / f"{key}.safetensors"
     if path.exists():
         try:
             found = FeatureStatistics.load(path)

@@ -32,7 +32,9 @@ class DiffusionBlocksTrainingArguments:
     per_device_train_batch_size: int = field(default=128, metadata={"help": "samples per forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per update"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
-    lr_scheduler_type: str = field(default="constant_with_warmup", metadata={"help": "a transformers schedule, per block"})
+    lr_scheduler_type: str = field(
+        default="constant_with_warmup", metadata={"help": "a transformers schedule, per block"}
+    )
     warmup_steps: int = field(default=0, metadata={"help": "warm-up updates of each block"})
     weight_decay: float = field(default=0.0, metadata={"help": "of weight matrices; biases and norms have none"})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})

@@ -2,9 +2,10 @@
 
 A checkpoint is a directory ``checkpoint-<iteration>``: the model by block (loadable with ``from_pretrained``), one
 ``ema-NN.safetensors`` and ``optimizer-NN.pt`` per block, and ``trainer_state.json`` with counters, the identity of the
-run and a SHA-256 of every file. It is written under another name and renamed.
+run and a SHA-256 of every file and of itself. It is written under another name and renamed.
 """
 
+import hashlib
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def write_checkpoint(
             "blocks": {str(block): trainer.scalars() for block, trainer in trainers.items()},
             "files": files,
         }
-        serialization.write_json(staging / STATE_NAME, state)
+        serialization.write_json(staging / STATE_NAME, state | {"sha256": _digest(state)})
         remove_tree(target)
         os.replace(staging, target)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
@@ -97,12 +98,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {STATE_NAME}.")
+    advice = f"Remove {checkpoint} and resume from an older one."
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
-        files = state["files"].items()
+        digest = state.pop("sha256")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is corrupted ({error}). Remove {checkpoint} and resume from an older one.") from error
-    for name, digest in files:
+        raise ValueError(f"{path} is corrupted ({error!r}). {advice}") from error
+    if digest != _digest(state):
+        raise ValueError(f"{path} is corrupted: its SHA-256 is not the recorded one. {advice}")
+    for name, digest in state["files"].items():
         file = checkpoint / Path(name).name
         problem = None
         if not file.is_file():
@@ -111,8 +115,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             problem = "is truncated or corrupted: its SHA-256 is not the recorded one"
         if problem:
             named = serialization.describe_file(name)
-            raise ValueError(f"{named} in {checkpoint} {problem}. Remove {checkpoint} and resume from an older one.")
+            raise ValueError(f"{named} in {checkpoint} {problem}. {advice}")
     return state
+
+
+def _digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -133,9 +141,13 @@ def load_checkpoint(
 ) -> None:
     """Load weights, averages, moments and counters into a model and its block trainers."""
     device = next(model.parameters()).device
+    saved = sorted(int(block) for block in state["blocks"])
+    if saved != sorted(trainers):
+        raise ValueError(
+            f"{checkpoint} belongs to a run that trains blocks {saved}; this one trains {sorted(trainers)}. "
+            "Train the same blocks to resume, or use another output_dir."
+        )
     for block, trainer in trainers.items():
-        if str(block) not in state["blocks"]:
-            raise ValueError(f"{checkpoint} has no state of block {block}; it has blocks {list(state['blocks'])}.")
         weights = serialization.read_tensors(checkpoint / serialization.block_file(block))
         prefix = f"blocks.{block}."
         model.block(block).load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})

@@ -304,6 +304,7 @@ class DiffusionBlocksTrainer:
             )
         values = {"eval_loss": result.total}
         values |= {f"eval_loss/block_{b}": v for b, v in enumerate(result.per_range)}
+        self.output_dir.mkdir(parents=True, exist_ok=True)
         with open(self.output_dir / EVALUATIONS_NAME, "a", encoding="utf-8") as file:
             file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
         self._track(values)
@@ -338,7 +339,9 @@ class DiffusionBlocksTrainer:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
         config = self.model.config.to_dict()
-        config = {k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path", "architectures")}
+        config = {
+            k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path", "architectures")
+        }
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
         first = fetch(self.train_dataset, [0, len(self.train_dataset) - 1])["pixel_values"]
         digest = hashlib.sha256(first.float().contiguous().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""What blocked training is compared with."""

@@ -1,0 +1,244 @@
+"""The command line: parses and calls :mod:`hf_diffusionblocks.jobs`. Heavy imports wait until a command runs."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+_DESCRIPTION = """\
+Train a network block by block, at 1/B of the memory (DiffusionBlocks, arXiv 2506.14202).
+
+A run is described by a recipe, a YAML preset; any setting can be overridden with section.key=value:
+
+  diffusionblocks plan digits-dit                        what a step will hold in memory
+  diffusionblocks train digits-dit                       train, save, draw and score
+  diffusionblocks train digits-dit blocks.num_blocks=2 training.max_steps=500
+  diffusionblocks sample runs/digits-dit/model --classes 3 3 7
+  diffusionblocks evaluate runs/digits-dit/model --recipe digits-dit
+"""
+
+_EPILOG = """\
+exit codes: 0 done; 1 a run failed; 2 bad input (one line on stderr says what, and how to mend it); 130 interrupted
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="diffusionblocks",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode, _add_recipes):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_recipe(parser: argparse.ArgumentParser, option: bool = False) -> None:
+    help_text = "a recipe's name (see `diffusionblocks recipes`) or a YAML file"
+    if option:
+        parser.add_argument("--recipe", help=help_text + "; default: the one the model was trained with")
+    else:
+        parser.add_argument("recipe", help=help_text)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
+
+
+def _add_plan(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "plan",
+        "Print the partition, the parameters by block and what a training step holds, without allocating the model.",
+        "  diffusionblocks plan imagenet256-dit-l2\n"
+        "  diffusionblocks plan cifar10-dit-s2 blocks.num_blocks=6 training.per_device_train_batch_size=64",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_train(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "Train a model by a recipe. Started again after a kill, it goes on from the last checkpoint.",
+        "  diffusionblocks train digits-dit\n"
+        "  diffusionblocks train digits-dit --method end_to_end        # all L layers at once, the same compute\n"
+        "  diffusionblocks train digits-dit --method shallow --match compute   # L/B layers, B times the updates\n"
+        "  diffusionblocks train digits-dit --block 1                  # a job that holds block 1 only\n"
+        "  diffusionblocks train my.yaml data.name=path/to/imagefolder model.sample_size=32",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--output-dir", help="where checkpoints, the model and figures go; default runs/<recipe>")
+    parser.add_argument("--method", choices=("blocked", "end_to_end", "shallow"), help="blocked training or a baseline")
+    parser.add_argument("--match", choices=("updates", "compute"), help="what a shallow baseline matches")
+    parser.add_argument("--block", type=int, action="append", help="hold and train this block only (repeatable)")
+    parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on from a checkpoint")
+    parser.add_argument("--no-report", action="store_true", help="do not sample, draw and score at the end")
+
+
+def _add_sample(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "sample",
+        "Sample images from a saved model; every step runs one block.",
+        "  diffusionblocks sample runs/digits-dit/model\n"
+        "  diffusionblocks sample runs/digits-dit/model --classes 1 2 3 --per-class 8 --steps 30 --solver heun",
+    )
+    parser.add_argument("model", help="directory or Hub id of a blocked model")
+    parser.add_argument("--output-dir", default="samples", help="where the PNG files go (default: %(default)s)")
+    parser.add_argument("--classes", type=int, nargs="+", help="class labels; default: the first ten")
+    parser.add_argument("--per-class", type=int, default=1, help="images per label")
+    parser.add_argument("--steps", type=int, default=50, help="number of steps (default: %(default)s)")
+    parser.add_argument("--guidance-scale", type=float, default=2.0, help="1: no guidance (default: %(default)s)")
+    parser.add_argument("--solver", default="euler", help="euler or heun (default: %(default)s)")
+    parser.add_argument("--grid", default="karras", help="karras or equal_probability (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_evaluate(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "evaluate",
+        "Score a saved model: held-out loss, Frechet and kernel distance, precision, recall, class agreement.",
+        "  diffusionblocks evaluate runs/digits-dit/model\n"
+        "  diffusionblocks evaluate user/model --recipe digits-dit evaluation.num_samples=2000 --output figures.json",
+    )
+    parser.add_argument("model", help="directory or Hub id of a blocked model")
+    _add_recipe(parser, option=True)
+    parser.add_argument("--output", help="also write the figures to this JSON file")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "convert",
+        "Cut a pretrained DiT into blocks and save it.",
+        "  diffusionblocks convert facebook/DiT-XL-2-256 --num-blocks 4 --output-dir dit-xl-4\n"
+        "  diffusionblocks convert path/to/dit --num-blocks 3 --output-dir out preconditioning=edm overlap=0.1",
+    )
+    parser.add_argument("base", help="directory or Hub id of a DiTPipeline or DiTTransformer2DModel")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of the blocked model's config")
+    parser.add_argument("--num-blocks", type=int, default=3, help="B (default: %(default)s)")
+    parser.add_argument("--output-dir", required=True, help="a new directory")
+
+
+def _add_encode(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "encode",
+        "Encode a recipe's images with its VAE and keep the latents, to train on them.",
+        "  diffusionblocks encode imagenet256-dit-l2 data.name=ILSVRC/imagenet-1k --output-dir latents/train",
+    )
+    _add_recipe(parser)
+    parser.add_argument("--split", default="train", help="which split (default: %(default)s)")
+    parser.add_argument("--output-dir", required=True, help="where the latents go")
+    parser.add_argument("--batch-size", type=int, default=32)
+
+
+def _add_recipes(commands: Any) -> None:
+    _command(commands, "recipes", "List the recipes that come with the package.", "  diffusionblocks recipes")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    args = build_parser().parse_args(argv)
+    try:
+        _run(args)
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted. {error or ''}".rstrip(), file=sys.stderr)
+        print("Run the same command again to go on.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"diffusionblocks {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    from . import jobs
+    from .recipes import load_recipe, make_recipe, recipe_names
+
+    if args.command == "recipes":
+        print("\n".join(recipe_names()))
+    elif args.command == "plan":
+        recipe = load_recipe(args.recipe, args.overrides)
+        if args.json:
+            print(json.dumps(jobs.plan(recipe, say=lambda line: None), indent=2))
+        else:
+            jobs.plan(recipe)
+    elif args.command == "train":
+        _train(args)
+    elif args.command == "sample":
+        jobs.sample(
+            args.model,
+            args.output_dir,
+            class_labels=args.classes,
+            per_class=args.per_class,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            solver=args.solver,
+            grid=args.grid,
+            seed=args.seed,
+        )
+    elif args.command == "evaluate":
+        if args.recipe is not None:
+            recipe = load_recipe(args.recipe, args.overrides)
+        else:
+            values = jobs.read_recipe_of(args.model)
+            if values is None:
+                raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
+            recipe = load_recipe(values["name"], args.overrides) if args.overrides else make_recipe(values)
+        jobs.evaluate(args.model, recipe, args.output, args.seed)
+    elif args.command == "convert":
+        jobs.convert(args.base, args.output_dir, {"num_blocks": args.num_blocks, **_settings(args.settings)})
+    elif args.command == "encode":
+        jobs.encode(load_recipe(args.recipe, args.overrides), args.output_dir, args.split, args.batch_size)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from . import jobs
+    from .recipes import load_recipe
+    from .training.trainer import overwrite_run
+
+    overrides = list(args.overrides)
+    overrides += [f"{name}={value}" for name in ("method", "match") if (value := getattr(args, name)) is not None]
+    recipe = load_recipe(args.recipe, overrides)
+    if args.output_dir is not None:
+        recipe.training["output_dir"] = args.output_dir
+    elif "output_dir" not in recipe.training:
+        suffix = "" if recipe.method == "blocked" else f"-{recipe.method}-{recipe.match}"
+        recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
+    if args.overwrite:
+        overwrite_run(Path(recipe.training["output_dir"]))
+    jobs.train(recipe, blocks=args.block, report=not args.no_report)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"setting {pair!r} must look like key=value.")
+        settings[key] = yaml.safe_load(value)
+    return settings

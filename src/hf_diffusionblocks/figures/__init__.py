@@ -1,0 +1,19 @@
+"""The figures behind :mod:`~hf_diffusionblocks.plots`, before they are written to a file.
+
+matplotlib is imported where it is used, and ``pyplot``, which keeps figures and picks a backend, is not used at all.
+"""
+
+from .charts import curves_figure, losses_figure, memory_figure, partition_figure
+from .images import denoising_figure, sample_grid_figure
+from .style import block_color, plot_style
+
+__all__ = [
+    "block_color",
+    "curves_figure",
+    "denoising_figure",
+    "losses_figure",
+    "memory_figure",
+    "partition_figure",
+    "plot_style",
+    "sample_grid_figure",
+]

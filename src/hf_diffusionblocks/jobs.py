@@ -1,0 +1,341 @@
+"""What each command does, as functions: the command line parses and calls these."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import serialization
+from .baselines.end_to_end import resolve_method
+from .data import ImageDataset, cache_latents, load_image_dataset
+from .evaluation import format_figures, sample_images, score
+from .families.dit import BlockedDiTModel
+from .modeling import format_block_parameters
+from .pipelines import BlockedDiTPipeline
+from .recipes import Recipe
+from .training import DiffusionBlocksTrainer
+from .training.checkpoint import find_checkpoints
+
+MODEL_DIR = "model"
+FIGURES_DIR = "figures"
+RECIPE_NAME = "recipe.json"
+FIGURES_NAME = "figures.json"
+
+Say = Callable[[str], None]
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
+    """Training and held-out data of a recipe."""
+    data = recipe.data
+    common = {
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "image_size": data.image_size,
+        "channels": data.channels,
+        "data_dir": data.data_dir,
+        "max_samples": data.max_samples,
+        "scaling_factor": data.scaling_factor,
+    }
+
+    def load(name: str, files: str | None) -> ImageDataset:
+        return load_image_dataset(data.name, name, data_files={name: files} if files else None, **common)
+
+    return load(data.train_split, data.train_files), load(data.test_split, data.test_files)
+
+
+def build_trainer(
+    recipe: Recipe,
+    train: ImageDataset,
+    held_out: ImageDataset | None,
+    *,
+    blocks: list[int] | None = None,
+    callbacks: list[Any] | None = None,
+) -> DiffusionBlocksTrainer:
+    """The trainer of a recipe. The model's initial weights follow from the training seed."""
+    args = recipe.training_arguments()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(args.seed)
+        model = recipe.build_model(blocks)
+    if train.class_names and len(train.class_names) == model.config.num_classes:
+        model.config.id2label = dict(enumerate(train.class_names))
+        model.config.label2id = {name: i for i, name in enumerate(train.class_names)}
+    teacher = None
+    if args.distillation_weight > 0:
+        if "base" not in recipe.model:
+            raise ValueError("training.distillation_weight needs model.base, the pretrained network to distil from.")
+        settings = {k: v for k, v in recipe.blocks.items() if k not in ("num_blocks", "layers_per_block", "edges")}
+        teacher = BlockedDiTModel.from_base(recipe.model["base"], num_blocks=1, **settings)
+    return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
+
+
+# -- commands -----------------------------------------------------------------------------------------------------
+
+
+def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
+    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
+    from .memory import plan_memory
+
+    recipe = resolve_method(recipe)
+    config = recipe.config()
+    args = recipe.training_arguments()
+    table = plan_memory(
+        config,
+        batch_size=args.per_device_train_batch_size,
+        mixed_precision=args.mixed_precision,
+        use_ema=args.use_ema,
+    )
+    with torch.device("meta"):
+        model = BlockedDiTModel(config)
+    say(format_block_parameters(model))
+    say("")
+    say(str(table))
+    return table.to_dict()
+
+
+def train(
+    recipe: Recipe,
+    *,
+    blocks: list[int] | None = None,
+    resume: bool = True,
+    report: bool = True,
+    say: Say = print,
+) -> Path:
+    """``diffusionblocks train``: train, save the model, and (unless told otherwise) draw and score it.
+
+    Returns:
+        The directory of the saved model.
+    """
+    from .plots import SampleGridCallback
+
+    recipe = resolve_method(recipe)
+    output = Path(recipe.training_arguments().output_dir)
+    train_data, test_data = load_data(recipe)
+    callbacks = []
+    if recipe.sampling.every > 0 and blocks is None:
+        callbacks.append(
+            SampleGridCallback(
+                recipe.sampling.every,
+                list(range(min(10, train_data.num_classes))),
+                recipe.sampling.num_inference_steps,
+                recipe.sampling.guidance_scale,
+                recipe.training_arguments().seed,
+            )
+        )
+    trainer = build_trainer(recipe, train_data, test_data, blocks=blocks, callbacks=callbacks)
+    output.mkdir(parents=True, exist_ok=True)
+    resumed = resume and bool(find_checkpoints(output))
+    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {output}")
+    say(format_block_parameters(trainer.model))
+    serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
+    summary = trainer.train(resume_from_checkpoint=resume)
+    seconds = summary["training_seconds"]
+    model_dir = trainer.save_model(output / MODEL_DIR)
+    BlockedDiTPipeline(trainer.model).save_index(model_dir)
+    say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
+    if report and blocks is None:
+        with trainer.averaged_weights():
+            write_report(trainer.model, recipe, train_data, test_data, output, summary, say)
+    return model_dir
+
+
+def write_report(
+    model: BlockedDiTModel,
+    recipe: Recipe,
+    train_data: ImageDataset,
+    test_data: ImageDataset,
+    output: Path,
+    summary: dict[str, Any],
+    say: Say = print,
+) -> dict[str, Any]:
+    """Pictures and a table of figures of a trained model, under ``output/figures``."""
+    from . import plots
+    from .memory import plan_memory
+
+    folder = output / FIGURES_DIR
+    folder.mkdir(parents=True, exist_ok=True)
+    args = recipe.training_arguments()
+    vae = load_vae(recipe)
+    pictures = []
+    classes = min(10, train_data.num_classes)
+    labels = torch.arange(classes).repeat_interleave(8)
+    images = sample_images(
+        BlockedDiTPipeline(model, vae=vae),
+        labels,
+        num_inference_steps=recipe.sampling.num_inference_steps,
+        guidance_scale=recipe.sampling.guidance_scale,
+        solver=recipe.sampling.solver,
+        grid=recipe.sampling.grid,
+        seed=args.seed,
+    )
+    pictures.append(
+        ("samples per class", plots.save_sample_grid(images, labels, folder / "samples.png", train_data.class_names))
+    )
+    steps = record_denoising(model, torch.arange(min(4, classes)), recipe, seed=args.seed)
+    pictures.append(
+        ("one batch through the blocks", plots.plot_denoising(steps, model.partition, folder / "denoising.png"))
+    )
+    pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
+    memory = plan_memory(
+        model.config,
+        batch_size=args.per_device_train_batch_size,
+        mixed_precision=args.mixed_precision,
+        use_ema=args.use_ema,
+    )
+    pictures.append(("memory", plots.plot_memory(memory, folder / "memory.png")))
+    pictures.append(("losses", plots.plot_losses(output, folder / "losses.png")))
+    figures = score(
+        model, recipe, train_data, test_data, cache_dir=output / "cache", seed=args.seed, vae=vae, progress=True
+    )
+    figures |= {"training_seconds": summary["training_seconds"], "updates_per_block": summary["updates_per_block"]}
+    serialization.write_json(folder / FIGURES_NAME, figures)
+    say("")
+    say(str(memory))
+    say("")
+    say(format_figures(figures))
+    say("")
+    for what, path in pictures:
+        say(f"{what + ':':<32}{path}")
+    say("")
+    say(f"saved model: {output / MODEL_DIR}")
+    say("load it:")
+    say("    from hf_diffusionblocks import BlockedDiTPipeline")
+    say(f"    pipe = BlockedDiTPipeline.from_pretrained({str(output / MODEL_DIR)!r})")
+    say(f"    images = pipe({list(range(min(4, classes)))}, num_inference_steps=50).images")
+    return figures
+
+
+@torch.no_grad()
+def record_denoising(model: BlockedDiTModel, labels: Tensor, recipe: Recipe, seed: int = 0) -> list[dict[str, Any]]:
+    """State and estimate at every step of sampling one batch, with the block that worked."""
+    steps: list[dict[str, Any]] = []
+
+    def record(_step: int, sigma: float, z: Tensor, denoised: Tensor) -> None:
+        n = len(labels)
+        block = model.partition.block_of(sigma)
+        steps.append({"sigma": sigma, "block": block, "z": z[:n].cpu(), "denoised": denoised[:n].cpu()})
+
+    pipe = BlockedDiTPipeline(model)
+    pipe.set_progress_bar_config(disable=True)
+    pipe(
+        labels.to(next(model.parameters()).device),
+        num_inference_steps=recipe.sampling.num_inference_steps,
+        guidance_scale=recipe.sampling.guidance_scale,
+        generator=torch.Generator().manual_seed(seed),
+        output_type="latent",
+        callback=record,
+    )
+    return steps
+
+
+def load_vae(recipe: Recipe) -> Any:
+    """The recipe's VAE, or None for models of pixels."""
+    if recipe.sampling.vae is None:
+        return None
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(recipe.sampling.vae)
+
+
+def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+    """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
+    target = Path(output_dir)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty: give a new directory.")
+    model = BlockedDiTModel.from_base(base, **settings)
+    BlockedDiTPipeline(model).save_pretrained(target)
+    say(format_block_parameters(model))
+    say(f"saved in {target}")
+    return target
+
+
+def sample(
+    model_dir: str,
+    output_dir: str,
+    *,
+    class_labels: list[int] | None = None,
+    per_class: int = 1,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 2.0,
+    solver: str = "euler",
+    grid: str = "karras",
+    seed: int = 0,
+    say: Say = print,
+) -> list[Path]:
+    """``diffusionblocks sample``: PNG files and one picture of them all."""
+    from . import plots
+
+    pipe = BlockedDiTPipeline.from_pretrained(model_dir)
+    names = [pipe.model.config.id2label.get(i, str(i)) for i in range(pipe.model.config.num_classes)]
+    if class_labels is None:
+        class_labels = list(range(min(10, pipe.model.config.num_classes)))
+    labels = torch.tensor(class_labels).repeat_interleave(per_class)
+    pipe.model.check_input(torch.empty(len(labels), *pipe.sample_shape), class_labels=labels)
+    images = sample_images(
+        pipe,
+        labels,
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        solver=solver,
+        grid=grid,
+        seed=seed,
+        progress=True,
+    )
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for i, picture in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
+        paths.append(folder / f"{i:05d}-class-{int(labels[i])}.png")
+        picture.save(paths[-1])
+    grid_path = plots.save_sample_grid(images, labels, folder / "grid.png", names)
+    say(f"{len(paths)} images in {folder}; together in {grid_path}")
+    return paths
+
+
+def evaluate(
+    model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
+) -> dict[str, Any]:
+    """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
+    pipe = BlockedDiTPipeline.from_pretrained(model_dir)
+    train_data, test_data = load_data(recipe)
+    cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")
+    vae = pipe.vae or load_vae(recipe)
+    figures = score(pipe.model, recipe, train_data, test_data, cache_dir=cache, seed=seed, vae=vae, progress=True)
+    say(format_figures(figures))
+    if output is not None:
+        serialization.write_json(Path(output), figures)
+        say(f"written to {output}")
+    return figures
+
+
+def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
+    """``diffusionblocks encode``: VAE latents of a recipe's images, for training on them."""
+    vae = load_vae(recipe)
+    if vae is None:
+        raise ValueError(f"recipe {recipe.name!r} names no VAE: set sampling.vae to a directory or Hub id.")
+    data = recipe.data
+    size = recipe.config().sample_size * 2 ** (len(vae.config.block_out_channels) - 1)
+    images = load_image_dataset(
+        data.name,
+        split,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        image_size=data.image_size or size,
+        channels=vae.config.in_channels,
+        data_dir=data.data_dir,
+        max_samples=data.max_samples,
+    )
+    cache_latents(images, vae, output_dir, batch_size=batch_size)
+    say(f"latents of {len(images)} images in {output_dir}; train on them with data.name={output_dir}")
+    return Path(output_dir)
+
+
+def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
+    """The recipe that a saved model was trained with, if it lies beside it."""
+    path = Path(model_dir).parent / RECIPE_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

@@ -1,0 +1,201 @@
+"""Pipelines: class labels in, images out, one block of the model per step."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from . import serialization
+from .families.dit import BlockedDiTModel
+from .sampling import Callback, guided, make_grid, make_solver, sample_with_scheduler
+
+_MODEL_INDEX = "model_index.json"
+
+
+class BlockedDiTPipeline(DiffusionPipeline):
+    """Samples images from a blocked DiT (arXiv 2506.14202, section 4.2).
+
+    Args:
+        model: the blocked DiT.
+        scheduler: a diffusers scheduler (EDM-style, sigma-based, DDIM or DDPM); None for the built-in solvers.
+        vae: decoder of latents; None for models of pixels.
+
+    Example:
+        >>> from hf_diffusionblocks import BlockedDiTPipeline
+        >>> pipe = BlockedDiTPipeline.from_pretrained("runs/digits-dit/model")  # doctest: +SKIP
+        >>> images = pipe([0, 1, 2, 3], num_inference_steps=50).images  # doctest: +SKIP
+    """
+
+    model_cpu_offload_seq = "model->vae"
+    _optional_components = ["scheduler", "vae"]
+
+    def __init__(self, model: BlockedDiTModel, scheduler: Any = None, vae: AutoencoderKL | None = None):
+        super().__init__()
+        self.register_modules(model=model, scheduler=scheduler, vae=vae)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the model samples."""
+        config = self.model.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | Sequence[int] | Tensor,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 2.0,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        solver: str = "euler",
+        grid: str = "karras",
+        latents: Tensor | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback: Callback | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample one image per label.
+
+        Args:
+            class_labels: classes, 0 to ``num_classes - 1``; ``num_classes`` stands for no class.
+            num_inference_steps: steps; with ``euler`` one evaluation of one block each, with ``heun`` two.
+            guidance_scale: classifier-free guidance; 1 switches it off.
+            generator: for reproducible samples.
+            solver: ``euler`` or ``heun``; unused with a scheduler.
+            grid: ``karras`` or ``equal_probability``; unused with a scheduler.
+            latents: standard normal noise [batch, channels, size, size] to start from.
+            output_type: ``pil``, ``np`` ([batch, height, width, channels] in [0, 1]), ``pt`` ([batch, channels,
+                height, width] in [0, 1]) or ``latent`` (what the model itself samples, not decoded or clamped).
+            return_dict: return an ``ImagePipelineOutput``, else a tuple.
+            callback: ``callback(step, sigma, z, denoised)`` after the evaluation that begins each step.
+
+        Raises:
+            ValueError: for labels out of range, an unknown solver, grid or output type, or blocks that are not loaded.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'.")
+        model, device = self.model, self._execution_device
+        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        if len(labels) == 0:
+            raise ValueError("class_labels is empty: give at least one label.")
+        missing = set(range(model.partition.num_blocks)) - set(model.resident_blocks)
+        if missing:
+            raise ValueError(f"sampling needs every block; not loaded: {sorted(missing)}. Load them with blocks=None.")
+        shape = (len(labels), *self.sample_shape)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=model.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has shape {list(latents.shape)}; give standard normal noise of {list(shape)}.")
+        training = model.training
+        model.eval()
+        try:
+            denoise = guided(model.denoise, labels, model.config.num_classes, guidance_scale)
+            if self.scheduler is not None:
+                z = sample_with_scheduler(
+                    denoise,
+                    self.scheduler,
+                    model.partition,
+                    latents.to(device),
+                    num_inference_steps,
+                    callback,
+                    generator,
+                    self.progress_bar,
+                )
+            else:
+                z = self._solve(denoise, latents.to(device), num_inference_steps, solver, grid, callback)
+        finally:
+            model.train(training)
+        images = self._decode(z, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _solve(
+        self, denoise: Any, noise: Tensor, steps: int, solver: str, grid: str, callback: Callback | None
+    ) -> Tensor:
+        solve = make_solver(solver)
+        sigmas = make_grid(self.model.partition, steps, grid)
+        with self.progress_bar(total=steps) as bar:
+
+            def after_step(step: int, sigma: float, z: Tensor, denoised: Tensor) -> None:
+                bar.update()
+                if callback is not None:
+                    callback(step, sigma, z, denoised)
+
+            # z ~ sigma_max N(0, I)   (EDM, arXiv 2206.00364, Alg. 2)
+            return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step)
+
+    def _decode(self, z: Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return z
+        if self.vae is not None:
+            z = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+        images = (z.float() / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+    # -- files: the model at the root of the directory, the other components in folders ---------------------------
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the model's files at the root, ``scheduler/`` and ``vae/`` where there are any.
+
+        Args:
+            save_directory: where to.
+            **kwargs: passed to the model's ``save_pretrained``.
+        """
+        root = Path(save_directory)
+        self.model.save_pretrained(root, **kwargs)
+        for name in ("scheduler", "vae"):
+            if getattr(self, name) is not None:
+                getattr(self, name).save_pretrained(root / name)
+        self.save_index(root)
+
+    def save_index(self, save_directory: str | os.PathLike) -> None:
+        """Write ``model_index.json`` alone, into the directory of a saved model."""
+        index: dict[str, Any] = {"_class_name": type(self).__name__, "model": ["hf_diffusionblocks", "BlockedDiTModel"]}
+        for name in ("scheduler", "vae"):
+            if getattr(self, name) is not None:
+                index[name] = ["diffusers", type(getattr(self, name)).__name__]
+        serialization.write_json(Path(save_directory) / _MODEL_INDEX, index)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> "BlockedDiTPipeline":
+        """Load a pipeline, or a bare model's directory, from a directory or the Hub.
+
+        Args:
+            pretrained_model_name_or_path: directory or Hub id.
+            **kwargs: ``scheduler``, ``vae`` to replace the saved ones; everything else goes to the model
+                (``dtype``, ``device_map``, ``revision``, …).
+
+        Raises:
+            ValueError: if files are missing or broken.
+        """
+        import diffusers
+        from transformers.utils import cached_file
+
+        components = {name: kwargs.pop(name) for name in ("scheduler", "vae") if name in kwargs}
+        model = kwargs.pop("model", None)
+        if model is None:
+            model = BlockedDiTModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        path = cached_file(
+            str(pretrained_model_name_or_path), _MODEL_INDEX, _raise_exceptions_for_missing_entries=False, **hub
+        )
+        index = serialization.read_json(Path(path)) if path else {}
+        for name, base in (("scheduler", diffusers.SchedulerMixin), ("vae", diffusers.ModelMixin)):
+            if name in components or name not in index:
+                continue
+            library, class_name = index[name]
+            component = getattr(diffusers, class_name, None) if library == "diffusers" else None
+            if not (isinstance(component, type) and issubclass(component, base)):
+                raise ValueError(f"{_MODEL_INDEX} names {library}.{class_name} as {name}: not a diffusers {name}.")
+            components[name] = component.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub)
+        return cls(model, **components)
+
+
+__all__ = ["BlockedDiTPipeline"]

@@ -1,0 +1,91 @@
+"""The house: imports point only to modules above, samplers never import the trainer, metrics take samples."""
+
+import ast
+from pathlib import Path
+
+import hf_diffusionblocks
+
+ROOT = Path(hf_diffusionblocks.__file__).parent
+
+# Top to bottom; docs/design.md explains the order. A module may import those above it, and its own package.
+ORDER = [
+    "suggest",
+    "noise",
+    "partition",
+    "preconditioning",
+    "configuration",
+    "serialization",
+    "modeling",
+    "families",
+    "objectives",
+    "sampling",
+    "pipelines",
+    "training",
+    "memory_counting",
+    "memory",
+    "data",
+    "metrics",
+    "figures",
+    "plots",
+    "recipes",
+    "baselines",
+    "evaluation",
+    "jobs",
+    "cli",
+]
+
+
+def modules() -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for path in sorted(ROOT.rglob("*.py")):
+        top = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if top not in ("__init__", "__main__"):
+            found.setdefault(top, []).append(path)
+    return found
+
+
+def imported_tops(path: Path) -> set[str]:
+    package = ["hf_diffusionblocks", *path.relative_to(ROOT).parts[:-1]]
+    tops = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            parent = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*parent, node.module] if node.module else parent)
+            names = [f"{base}.{alias.name}" for alias in node.names] if base == "hf_diffusionblocks" else [base]
+        tops |= {n.split(".")[1] for n in names if n.startswith("hf_diffusionblocks.") and "." in n}
+    return tops & set(ORDER)
+
+
+def test_every_module_has_its_place():
+    assert set(modules()) == set(ORDER)
+
+
+def test_imports_point_only_to_modules_above():
+    wrong = [
+        f"{path.relative_to(ROOT)} imports {top}"
+        for name, paths in modules().items()
+        for path in paths
+        for top in imported_tops(path)
+        if top != name and ORDER.index(top) > ORDER.index(name)
+    ]
+    assert wrong == []
+
+
+def test_the_probe_sees_relative_and_absolute_imports(tmp_path):
+    source = ROOT / "jobs.py"
+    assert {"recipes", "data", "pipelines", "training", "baselines", "serialization"} <= imported_tops(source)
+
+
+def test_samplers_and_metrics_do_not_import_the_trainer():
+    for name in ("sampling", "pipelines", "metrics"):
+        for path in modules()[name]:
+            assert "training" not in imported_tops(path)
+
+
+def test_files_are_short():
+    long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 430}
+    allowed = {"data.py"}  # one loader per kind of source; docs/design.md
+    assert set(long) <= allowed, long

@@ -1,0 +1,120 @@
+"""Recipes, overrides and baselines."""
+
+import pytest
+
+from hf_diffusionblocks.baselines.end_to_end import baseline_recipe, resolve_method
+from hf_diffusionblocks.recipes import load_recipe, make_recipe, recipe_names
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"])
+def test_every_recipe_loads(name):
+    assert name in recipe_names()
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.config().num_blocks == 3
+    recipe.training_arguments()
+
+
+def test_the_papers_settings_stand_in_the_recipes():
+    cifar = load_recipe("cifar10-dit-s2")
+    args = cifar.training_arguments()
+    assert (args.per_device_train_batch_size, args.learning_rate, args.num_train_epochs) == (512, 1e-4, 100)
+    assert (cifar.config().num_layers, cifar.config().overlap, cifar.config().label_dropout) == (12, 0.05, 0.1)
+    assert (cifar.sampling.guidance_scale, cifar.sampling.num_inference_steps) == (2.0, 50)
+    imagenet = load_recipe("imagenet256-dit-l2")
+    assert imagenet.training_arguments().learning_rate == 5e-5
+    assert imagenet.config().num_layers == 24
+
+
+def test_overrides_reach_every_section_and_numbers_may_be_written_with_an_exponent():
+    recipe = load_recipe(
+        "digits-dit",
+        ["blocks.num_blocks=2", "training.learning_rate=1e-3", "data.max_samples=10", "model.num_layers=4"],
+    )
+    assert recipe.config().layers_per_block == [2, 2]
+    assert recipe.training_arguments().learning_rate == 1e-3
+    assert recipe.data.max_samples == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.max_stesp=3", ["max_stesp", "max_steps"]),
+        ("trainig.max_steps=3", ["trainig", "training"]),
+        ("model.patchsize=2", ["patchsize", "patch_size"]),
+        ("blocks.overlp=0.1", ["overlp", "overlap"]),
+        ("data.nam=x", ["nam", "name"]),
+        ("evaluation.num_sample=1", ["num_sample", "num_samples"]),
+        ("method=blokced", ["blokced", "blocked"]),
+        ("blocks.num_blocks=7", ["num_blocks=7", "6 layers"]),
+        ("blocks.num_blocks=0", ["num_blocks=0"]),
+        ("blocks.partition=unifrm", ["unifrm", "uniform"]),
+        ("training.learning_rate=-1", ["learning_rate=-1"]),
+        ("training", ["section.key=value"]),
+        ("family.x=1", ["family.x=1"]),
+        ("model=3", ["model"]),
+    ],
+)
+def test_bad_overrides_name_the_key_and_the_nearest_valid_one(override, words):
+    with pytest.raises(ValueError) as error:
+        load_recipe("digits-dit", [override])
+    assert all(word in str(error.value) for word in words)
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="digits-dit"):
+        load_recipe("digit-dit")
+    with pytest.raises(ValueError, match="no recipe file"):
+        load_recipe("nowhere/mine.yaml")
+
+
+def test_a_recipe_file_of_ones_own(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {num_layers: 4, sample_size: 8, in_channels: 1}\nblocks: {num_blocks: 4}\n")
+    assert load_recipe(str(path)).config().layers_per_block == [1, 1, 1, 1]
+    path.write_text("model: [")
+    with pytest.raises(ValueError, match="not valid YAML"):
+        load_recipe(str(path))
+
+
+def test_round_trip_through_plain_values():
+    recipe = load_recipe("digits-dit")
+    assert make_recipe(recipe.to_dict()) == recipe
+
+
+def test_baselines_match_the_blocks_in_updates_or_compute():
+    recipe = load_recipe("digits-dit", ["blocks.num_blocks=3", "training.max_steps=100"])
+    end_to_end = baseline_recipe(recipe, "end_to_end")
+    assert end_to_end.config().layers_per_block == [6]
+    assert end_to_end.training["max_steps"] == 100
+    same_updates = baseline_recipe(recipe, "shallow", "updates")
+    assert (same_updates.config().layers_per_block, same_updates.training["max_steps"]) == ([2], 100)
+    same_compute = baseline_recipe(recipe, "shallow", "compute")
+    assert (same_compute.config().layers_per_block, same_compute.training["max_steps"]) == ([2], 300)
+    assert same_compute.training["warmup_steps"] == 3 * recipe.training["warmup_steps"]
+    # layers x updates: the compute of B blocks, of L layers, and of L/B layers B times as long
+    compute = [3 * 100 * 2, 100 * 6, 300 * 2]
+    assert len(set(compute)) == 1
+
+
+def test_shallow_baseline_keeps_the_remainder_layer():
+    recipe = load_recipe("digits-dit", ["model.num_layers=7"])
+    assert baseline_recipe(recipe, "shallow").config().num_layers == 3
+
+
+def test_explicit_partition_settings_do_not_leak_into_a_baseline():
+    recipe = load_recipe(
+        "digits-dit",
+        ["blocks.layers_per_block=[1,4,1]", "blocks.partition=explicit", "blocks.edges=[80, 1, 0.1, 0.002]"],
+    )
+    assert baseline_recipe(recipe, "end_to_end").config().edges == [80.0, 0.002]
+
+
+def test_resolve_method():
+    assert resolve_method(load_recipe("digits-dit")).config().num_blocks == 3
+    assert resolve_method(load_recipe("digits-dit", ["method=end_to_end"])).config().num_blocks == 1
+
+
+def test_epochs_stretch_too_when_compute_is_matched():
+    recipe = load_recipe("cifar10-dit-s2")
+    assert baseline_recipe(recipe, "shallow", "compute").training_arguments().num_train_epochs == 300
