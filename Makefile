@@ -41,7 +41,7 @@ $(STAMP): pyproject.toml constraints.txt
 	else unchanged; exit 1; fi
 
 demo: $(STAMP) ## Train a blocked DiT on the digits data set and write its report to runs/digits-dit
-	$(PY) -m hf_diffusionblocks train digits-dit --output-dir runs/digits-dit --overwrite --report
+	$(PY) -m hf_diffusionblocks train digits-dit --output-dir runs/digits-dit
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="tests/test_data.py -k digits" for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)

@@ -66,10 +66,10 @@ def _capacity(updates):
 
 # A study: recipe, overrides of every arm, arms, seeds.
 STUDIES = {
-    "digits": ("digits-dit", [], _arms((2, 3), _UNIFORM), SEEDS),
+    "digits": ("digits-dit", [], _arms((2, 3)), SEEDS),
     "fashion": (
         "fashion-mnist-dit",
-        ["evaluation.num_samples=1000", "sampling.num_inference_steps=30"],
+        ["training.max_steps=1200", "evaluation.num_samples=1000", "sampling.num_inference_steps=30"],
         _arms((2, 3), _UNIFORM),
         SEEDS,
     ),
@@ -77,7 +77,7 @@ STUDIES = {
         "fashion-mnist-dit",
         [
             "model.num_attention_heads=2",
-            "training.max_steps=1000",
+            "training.max_steps=600",
             "evaluation.num_samples=1000",
             "sampling.num_inference_steps=30",
         ],
@@ -91,7 +91,7 @@ STUDIES = {
             "evaluation.num_samples=1000",
             "sampling.num_inference_steps=30",
         ],
-        _capacity((500, 1000, 2000, 4000, 8000)),
+        _capacity((500, 2000, 6000)),
         SEEDS,
     ),
 }

@@ -20,6 +20,7 @@ ORDER = [
     "objectives",
     "sampling",
     "pipelines",
+    "hub",
     "training",
     "memory_counting",
     "memory",

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel
 from hf_diffusionblocks import serialization
 from hf_diffusionblocks.modeling import BlockedPreTrainedModel, DenoiserOutput, format_block_parameters
 from hf_diffusionblocks.preconditioning import expand
-from tiny import IMAGE_SIZE, NUM_CLASSES, tiny_dit
+from tiny import IMAGE_SIZE, NUM_CLASSES, as_users_run, tiny_dit
 
 BATCH = 4
 
@@ -188,9 +188,10 @@ def test_a_block_alone_starts_from_the_weights_it_has_in_the_whole_model(family)
 
 @pytest.mark.parametrize("blocks", [[3], [-1], ["0"], [True], [], 1, "01"])
 def test_blocks_that_cannot_be_loaded(model, saved, blocks):
-    with pytest.raises(ValueError, match="block"):
+    message = "does not exist: the model has blocks 0 to 2|must list at least one block"
+    with as_users_run(), pytest.raises(ValueError, match=message):
         type(model).from_pretrained(saved, blocks=blocks)
-    with pytest.raises(ValueError, match="block"):
+    with as_users_run(), pytest.raises(ValueError, match=message):
         type(model)(model.config, blocks=blocks)
 
 

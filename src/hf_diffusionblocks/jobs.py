@@ -13,6 +13,7 @@ from .baselines.end_to_end import resolve_method
 from .data import ImageDataset, cache_latents, load_image_dataset
 from .evaluation import format_figures, sample_images, score
 from .families.dit import BlockedDiTModel
+from .hub import model_card, write_model_card
 from .modeling import format_block_parameters
 from .pipelines import BlockedDiTPipeline
 from .recipes import Recipe
@@ -137,6 +138,7 @@ def train(
     seconds = summary["training_seconds"]
     model_dir = trainer.save_model(output / MODEL_DIR)
     BlockedDiTPipeline(trainer.model).save_index(model_dir)
+    _write_card(trainer.model, recipe, model_dir, {"training_seconds": seconds})
     say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
     if report and blocks is None:
         with trainer.averaged_weights():
@@ -194,6 +196,7 @@ def write_report(
     )
     figures |= {"training_seconds": summary["training_seconds"], "updates_per_block": summary["updates_per_block"]}
     serialization.write_json(folder / FIGURES_NAME, figures)
+    _write_card(model, recipe, output / MODEL_DIR, figures)
     say("")
     say(str(memory))
     say("")
@@ -204,10 +207,30 @@ def write_report(
     say("")
     say(f"saved model: {output / MODEL_DIR}")
     say("load it:")
-    say("    from hf_diffusionblocks import BlockedDiTPipeline")
-    say(f"    pipe = BlockedDiTPipeline.from_pretrained({str(output / MODEL_DIR)!r})")
-    say(f"    images = pipe({list(range(min(4, classes)))}, num_inference_steps=50).images")
+    for line in usage_lines(output / MODEL_DIR, classes):
+        say(f"    {line}")
     return figures
+
+
+def usage_lines(model_dir: Path, num_classes: int) -> list[str]:
+    """The lines of Python that load a saved model and sample from it."""
+    return [
+        "from hf_diffusionblocks import BlockedDiTPipeline",
+        f"pipe = BlockedDiTPipeline.from_pretrained({str(model_dir)!r})",
+        f"images = pipe({list(range(min(4, num_classes)))}, num_inference_steps=50).images",
+    ]
+
+
+def _write_card(model: BlockedDiTModel, recipe: Recipe, model_dir: Path, figures: dict[str, Any]) -> None:
+    card = model_card(
+        model,
+        title=recipe.name,
+        usage="\n".join(usage_lines(model_dir, model.config.num_classes)),
+        training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k != "output_dir"}},
+        figures=figures,
+        dataset=recipe.data.name,
+    )
+    write_model_card(model_dir, card)
 
 
 @torch.no_grad()

@@ -340,7 +340,9 @@ class DiffusionBlocksTrainer:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
         config = self.model.config.to_dict()
         config = {
-            k: v for k, v in config.items() if k not in ("transformers_version", "_name_or_path", "architectures")
+            k: v
+            for k, v in config.items()
+            if k not in ("transformers_version", "_name_or_path", "architectures", "dtype")
         }
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
         first = fetch(self.train_dataset, [0, len(self.train_dataset) - 1])["pixel_values"]
