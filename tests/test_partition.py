@@ -111,6 +111,14 @@ def test_levels_of_any_shape_keep_it():
     assert isinstance(partition.block_of(0.3), int)
 
 
+def test_whole_numbers_are_levels_too():
+    noise = LogNormalNoise(p_mean=-1, p_std=1, sigma_min=0.01, sigma_max=100)
+    partition = BlockPartition.explicit([100, 10, 1, 0.01], 3, noise=noise, overlap=0)
+    assert [partition.block_of(sigma) for sigma in (100, 10, 9, 1)] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="sigma=101"):
+        partition.block_of(101)
+
+
 def test_one_block_owns_everything():
     partition = BlockPartition.equal_probability(1, 5)
     assert partition.edges == (80.0, 0.002) and partition.layers(0) == range(5)

@@ -80,7 +80,8 @@ class LogNormalNoise:
         """
         sigma = _float64(sigma).clamp(self.sigma_min, self.sigma_max)
         u_low, u_high = self._u_range
-        return (torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std) - u_low) / (u_high - u_low)
+        q = (torch.special.ndtr((sigma.log() - self.p_mean) / self.p_std) - u_low) / (u_high - u_low)
+        return q.clamp(0, 1)  # torch's and math's logarithms may differ in the last place
 
     def icdf(self, q: Float[Tensor, "..."] | float | int) -> Float[Tensor, "..."]:
         """Noise level below which the share ``q`` of the truncated distribution lies (inverse of :meth:`cdf`).

@@ -38,13 +38,12 @@ def weighted_error(
     Raises:
         ValueError: if the shapes do not fit.
     """
-    error = (denoised - target).pow(2).flatten(1).mean(1)
-    if weight.shape != error.shape or denoised.shape != target.shape:
+    if weight.shape != denoised.shape[:1] or denoised.shape != target.shape:
         raise ValueError(
-            f"weights of shape {list(weight.shape)} for errors of shape {list(error.shape)} "
+            f"weights of shape {list(weight.shape)} for errors of shape {list(denoised.shape[:1])} "
             f"(output {list(denoised.shape)}, target {list(target.shape)}): one weight per sample is needed."
         )
-    return weight * error
+    return weight * (denoised - target).pow(2).flatten(1).mean(1)
 
 
 @dataclass

@@ -18,6 +18,8 @@ from .noise import LogNormalNoise
 
 # Relative slack for noise levels that a float32 computation (a scheduler's grid, say) put a rounding error outside.
 _RANGE_TOLERANCE = 1e-5
+# A level that a rounding error put below an edge (a float32 grid, another order of operations) still sits on it.
+_EDGE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -221,12 +223,12 @@ class BlockPartition:
         """
         self.check_sigma(sigma)
         if not isinstance(sigma, Tensor):
-            return sum(edge > sigma for edge in self.edges[1:-1])
+            return sum(edge > sigma * (1 + _EDGE_TOLERANCE) for edge in self.edges[1:-1])
         if sigma.dtype not in (torch.float32, torch.float64):
             sigma = sigma.float()
         # Edges in the precision of sigma: a float32 grid point made from an edge still sits on that edge.
         inner = torch.tensor(self.edges[1:-1], dtype=torch.float64, device=sigma.device).to(sigma.dtype)
-        return (inner > sigma[..., None]).sum(-1)
+        return (inner > sigma[..., None] * (1 + _EDGE_TOLERANCE)).sum(-1)
 
     def sample(self, block: int, shape: tuple[int, ...] | int, generator: torch.Generator | None = None) -> Tensor:
         """Training noise levels of a block: the training distribution on its widened range, float64 [shape]."""
@@ -286,7 +288,8 @@ def _spread(num_blocks: int, num_layers: int, layers_per_block: Sequence[int] | 
         whole, rest = divmod(num_layers, num_blocks)
         return tuple(whole + (b < rest) for b in range(num_blocks))
     layers = tuple(layers_per_block)
-    if len(layers) != num_blocks or sum(layers) != num_layers:
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
+    if not whole or len(layers) != num_blocks or sum(layers) != num_layers:
         raise ValueError(
             f"layers_per_block={list(layers)} must name {num_blocks} numbers that sum to the {num_layers} layers."
         )

@@ -195,18 +195,23 @@ def sample_with_scheduler(
     return state
 
 
+# Schedulers that were tried on an exact denoiser, and what their state is. Others look alike but step otherwise.
+_SCHEDULER_KINDS = {
+    "EDMEulerScheduler": "edm",
+    "EDMDPMSolverMultistepScheduler": "edm",
+    "EulerDiscreteScheduler": "sigma",
+    "EulerAncestralDiscreteScheduler": "sigma",
+    "HeunDiscreteScheduler": "sigma",
+    "LMSDiscreteScheduler": "sigma",
+    "DDIMScheduler": "variance_preserving",
+    "DDPMScheduler": "variance_preserving",
+}
+
+
 def _scheduler_kind(scheduler: Any) -> str:
-    if hasattr(scheduler, "precondition_outputs"):
-        return "edm"
-    if hasattr(scheduler, "sigmas") and not hasattr(scheduler, "_sigma_to_alpha_sigma_t"):
-        if not hasattr(scheduler, "sigma_shift") and hasattr(scheduler, "init_noise_sigma"):
-            return "sigma"
-    elif (
-        hasattr(scheduler, "alphas_cumprod")
-        and hasattr(scheduler, "final_alpha_cumprod")
-        or (type(scheduler).__name__ == "DDPMScheduler")
-    ):
-        return "variance_preserving"
+    for cls in type(scheduler).__mro__:
+        if cls.__name__ in _SCHEDULER_KINDS:
+            return _SCHEDULER_KINDS[cls.__name__]
     raise ValueError(
         f"{type(scheduler).__name__} cannot drive a blocked denoiser: use an EDM-style scheduler (EDMEulerScheduler, "
         "EDMDPMSolverMultistepScheduler), a sigma-based one (EulerDiscreteScheduler, HeunDiscreteScheduler, …), "
