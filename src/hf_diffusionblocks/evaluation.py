@@ -57,16 +57,20 @@ def score(
     cache_dir: str | Path,
     seed: int = 0,
     vae: Any = None,
+    edges: list[float] | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """The table of figures: held-out loss, Frechet and kernel distance, precision, recall, class agreement.
 
     The distances are between samples with the labels of held-out images and those images. The feature network is
     ``inception`` where its weights can be had, otherwise a small classifier trained on the training split, kept in
-    ``cache_dir`` and named after the data set.
+    ``cache_dir`` and named after the data set. The held-out loss is also split by noise range, by the model's own
+    blocks or by descending ``edges``.
     """
     settings = recipe.evaluation
-    held_out = held_out_loss(model, test, num_draws=settings.num_draws)
+    held_out = held_out_loss(
+        model, test, num_draws=settings.num_draws, max_samples=settings.held_out_samples, edges=edges
+    )
     classifier, network = _feature_networks(recipe, train, test, Path(cache_dir))
     count = settings.num_samples
     generator = torch.Generator().manual_seed(seed)
@@ -88,7 +92,8 @@ def score(
     real = test[list(range(len(test)))]["pixel_values"]
     figures: dict[str, Any] = {
         "held_out_loss": held_out.total,
-        "held_out_loss_per_block": held_out.per_range,
+        "held_out_loss_standard_error": held_out.standard_error,
+        "held_out_loss_per_range": held_out.per_range,
         "num_samples": count,
         "guidance_scale": settings.guidance_scale,
         "num_inference_steps": recipe.sampling.num_inference_steps,

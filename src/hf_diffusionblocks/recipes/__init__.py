@@ -54,6 +54,7 @@ class EvaluationSettings:
     num_samples: int = 1000
     guidance_scale: float = 1.0
     num_draws: int = 4
+    held_out_samples: int | None = None
     batch_size: int = 250
     classifier_epochs: int = 10
     classifier_width: int = 32
