@@ -137,11 +137,17 @@ def _feature_networks(recipe: Recipe, train: ImageDataset, test: ImageDataset, c
     name = f"{Path(recipe.data.name).name}-cnn"
     epochs, width = recipe.evaluation.classifier_epochs, recipe.evaluation.classifier_width
     folder = cache_dir / f"{name}-{train.fingerprint}-{epochs}-{width}"
-    if (folder / "config.json").is_file():
+    try:
         classifier = ClassifierFeatures.load(folder)
-    else:
+    except (FileNotFoundError, ValueError):  # not there yet, or damaged: train it again
         classifier = train_classifier(
-            train, train.num_classes, eval_dataset=test, name=name, epochs=epochs, width=width
+            train,
+            train.num_classes,
+            eval_dataset=test,
+            name=name,
+            epochs=epochs,
+            width=width,
+            stride=2 if train.image_size >= 24 else 1,
         )
         classifier.save(folder)
     if recipe.evaluation.feature_network == "inception":
