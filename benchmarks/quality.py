@@ -68,7 +68,7 @@ _SMALLER = ["evaluation.num_samples=1000", "evaluation.held_out_samples=4000", "
 
 # A study: recipe, overrides of every arm, arms, seeds.
 STUDIES = {
-    "digits": ("digits-dit", [], _arms((2, 3)), SEEDS),
+    "digits": ("digits-dit", ["training.max_steps=1000"], _arms((2, 3)), SEEDS),
     "fashion": (
         "fashion-mnist-dit",
         ["training.max_steps=1000", *_SMALLER],
