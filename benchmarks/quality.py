@@ -91,7 +91,7 @@ STUDIES = {
             "model.num_attention_heads=2",
             *_SMALLER,
         ],
-        _capacity((500, 2000, 6000)),
+        _capacity((500, 2000, 5000)),
         SEEDS,
     ),
 }

@@ -5,7 +5,7 @@
 - in ``DIRECTORY/whole`` without interruption,
 - in ``DIRECTORY/random`` with N kills (SIGKILL) at random instants, resumed each time,
 - in ``DIRECTORY/stopped`` with SIGTERM and SIGINT at random instants, resumed each time,
-- in ``DIRECTORY/point-K`` killed at the K-th file operation of a checkpoint's writing, for every S-th K (``--stride S``),
+- in ``DIRECTORY/point-K`` killed at the K-th file operation of a checkpoint's writing, K = 0, S, 2 S, ...,
 
 each time to the end, and writes what happened to ``DIRECTORY/report.json``.
 """
@@ -40,7 +40,7 @@ def trainer_of(output_dir: Path, **settings: Any) -> DiffusionBlocksTrainer:
     model = tiny_dit(3, 3, base_config={"dropout": 0.1})
     defaults = {
         "output_dir": str(output_dir),
-        "max_steps": 12,
+        "max_steps": 8,
         "per_device_train_batch_size": 4,
         "gradient_accumulation_steps": 2,
         "learning_rate": 5e-3,
@@ -111,7 +111,7 @@ def interrupt_at_random(directory: Path, count: int, seconds: float, signals: li
     statuses, half_written, stops = [], [], []
     for attempt in range(count):
         child = start(directory)
-        time.sleep(draw.uniform(0, 1.4 * seconds / (count + 1)))
+        time.sleep(draw.uniform(0, 2 * seconds / (count + 1)))
         os.kill(child, signals[attempt % len(signals)])
         statuses.append(status_of(child))
         half_written.append(leftovers(directory))
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--stops", type=int, default=2)
-    parser.add_argument("--stride", type=int, default=1)
+    parser.add_argument("--stride", type=int, default=1, help="S")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     root = options.directory

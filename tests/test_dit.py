@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from hf_diffusionblocks.families.dit import BlockedDiTConfig, BlockedDiTModel
 from hf_diffusionblocks.serialization import same_tensors
@@ -243,8 +244,30 @@ def test_bases_and_settings_that_are_refused(base, settings, message):
 
 
 def test_a_directory_without_a_dit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="holds neither a DiT .* nor a DiTPipeline"):
+    with pytest.raises(ValueError, match=f"{tmp_path} holds neither a DiT .* nor a DiTPipeline"):
         BlockedDiTModel.from_base(tmp_path)
+    tiny_dit(1, 1).save_pretrained(tmp_path / "blocked")
+    with pytest.raises(ValueError, match="blocked holds blocked_dit, which BlockedDiTModel cannot cut"):
+        BlockedDiTModel.from_base(tmp_path / "blocked")
+    AutoencoderKL(block_out_channels=(8,), norm_num_groups=4).save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="vae holds AutoencoderKL, which"):
+        BlockedDiTModel.from_base(tmp_path / "vae")
+
+
+@pytest.mark.filterwarnings("ignore:The `local_dir_use_symlinks` argument:UserWarning")  # diffusers' own call
+@pytest.mark.parametrize("kind", ["model", "pipeline"])
+def test_a_base_of_the_hub_converts_from_the_cache(kind):
+    repo = Path(HF_HUB_CACHE) / f"models--someone--dit-{kind}"
+    snapshot = repo / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("0" * 40)
+    base = base_dit()
+    (base if kind == "model" else pipeline_of(base)).save_pretrained(snapshot)
+    model = BlockedDiTModel.from_base(f"someone/dit-{kind}", num_blocks=1)
+    assert same_tensors(model.to_base().state_dict(), base.state_dict())
+    with pytest.raises(ValueError, match="someone/nothing holds neither a DiT"):
+        BlockedDiTModel.from_base("someone/nothing")
 
 
 # -- to_base -----------------------------------------------------------------------------------------------------

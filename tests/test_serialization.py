@@ -493,6 +493,9 @@ def test_one_block_of_the_hub_needs_its_own_files_only(hub_cache):
         loaded = load.from_pretrained("someone/tiny", cache_dir=hub_cache, blocks=[1], revision="main")
         assert torch.equal(denoised(loaded, 1), denoised(tiny_dit(3), 1))
         assert loaded.name_or_path == "someone/tiny"
+    for blocks in ([0], None):
+        with pytest.raises(OSError, match=r"cannot get block-00\.safetensors \(block 0\) of someone/tiny"):
+            BlockedDiTModel.from_pretrained("someone/tiny", cache_dir=hub_cache, blocks=blocks)
     blob = (snapshot / "block-01.safetensors").resolve()
     blob.write_bytes(blob.read_bytes()[:-3])
     with pytest.raises(ValueError, match=r"block-01\.safetensors \(block 1\) .*truncated"):

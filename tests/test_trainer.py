@@ -3,24 +3,27 @@
 import copy
 import json
 import math
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import TrainerCallback
 
-from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer
 from hf_diffusionblocks.objectives import DenoisingScoreMatching, ObjectiveResult, held_out_loss, weighted_error
 from hf_diffusionblocks.serialization import same_tensors
 from hf_diffusionblocks.training.checkpoint import find_checkpoints
 from hf_diffusionblocks.training.data_stream import SampleOrder, derive_seed
-from hf_diffusionblocks.training.trainer import NonFiniteLossError, block_schedule, overwrite_run
+from hf_diffusionblocks.training.run_files import overwrite_run
+from hf_diffusionblocks.training.trainer import NonFiniteLossError, block_schedule
+from runs import arguments, everything, make_trainer, reset_accelerate, updates
 from tiny import NUM_CLASSES, TinyImages, tiny_dit
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_dit_losses.txt"
@@ -28,53 +31,9 @@ GOLDEN = Path(__file__).parent / "golden" / "tiny_dit_losses.txt"
 
 @pytest.fixture(autouse=True)
 def fresh_accelerate():
-    """Accelerate keeps its precision in process-wide state."""
-    AcceleratorState._reset_state(reset_partial_state=True)
+    reset_accelerate()
     yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def arguments(output_dir: Any, **settings: Any) -> DiffusionBlocksTrainingArguments:
-    defaults = {
-        "output_dir": str(output_dir),
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        "cpu": True,
-    }
-    return DiffusionBlocksTrainingArguments(**(defaults | settings))
-
-
-def make_trainer(output_dir: Any, model: BlockedDiTModel | None = None, **settings: Any) -> DiffusionBlocksTrainer:
-    """A trainer of a tiny model on tiny images; keyword arguments of the trainer and of its settings mixed."""
-    own = {k: settings.pop(k) for k in ("objective", "teacher", "callbacks", "eval_dataset") if k in settings}
-    dataset = settings.pop("dataset", None)
-    return DiffusionBlocksTrainer(
-        tiny_dit(3) if model is None else model,
-        arguments(output_dir, **settings),
-        TinyImages() if dataset is None else dataset,
-        **own,
-    )
-
-
-def updates(output_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (output_dir / "updates.jsonl").read_text().splitlines()]
-
-
-def everything(trainer: DiffusionBlocksTrainer) -> dict[int | str, dict[str, Tensor]]:
-    """All state by block: weights, buffers, moments, averages, learning rate and counters."""
-    result: dict[int | str, dict[str, Tensor]] = {"shared": dict(trainer.model.shared_parameters())}
-    for block, one in trainer.trainers.items():
-        state = {f"weight {n}": v for n, v in trainer.model.block(block).state_dict().items()}
-        state |= {f"buffer {n}": v for n, v in trainer.model.block(block).named_buffers()}
-        for number, values in one.optimizer.state_dict()["state"].items():
-            state |= {f"{kind} {number}": value for kind, value in values.items()}
-        state |= {f"average {n}": v for n, v in one.ema_tensors().items()}
-        state["rate"] = torch.tensor(one.lr_scheduler.get_last_lr())
-        state["counters"] = torch.tensor([one.updates, one.ema.optimization_step if one.ema else 0])
-        result[block] = state
-    return {key: {n: v.detach().clone() for n, v in value.items()} for key, value in result.items()}
+    reset_accelerate()
 
 
 # -- one block moves at a time -----------------------------------------------------------------------------------
@@ -104,7 +63,7 @@ def test_a_step_changes_its_own_block_and_nothing_else(tmp_path, block, mixed_pr
 def test_autocast_trains_float32_weights_to_other_values(tmp_path):
     weights = {}
     for mixed_precision in ("no", "bf16"):
-        AcceleratorState._reset_state(reset_partial_state=True)
+        reset_accelerate()
         trainer = make_trainer(tmp_path / mixed_precision, mixed_precision=mixed_precision)
         trainer.train()
         weights[mixed_precision] = trainer.model.state_dict()
@@ -149,6 +108,18 @@ def test_the_order_of_blocks_changes_no_weight(tmp_path):
     assert len({tuple(schedule) for schedule, _ in results}) == 4
     for _, state in results[1:]:
         assert all(same_tensors(state[key], results[0][1][key]) for key in state)
+
+
+def test_the_global_random_state_neither_matters_nor_changes(tmp_path):
+    results = []
+    for seed in (1, 2):
+        trainer = make_trainer(tmp_path / str(seed), tiny_dit(3, base_config={"dropout": 0.3}), horizontal_flip=True)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        trainer.train()
+        assert torch.equal(torch.get_rng_state(), before)
+        results.append(everything(trainer))
+    assert all(same_tensors(results[0][key], results[1][key]) for key in results[0])
 
 
 # -- against a bare loop -----------------------------------------------------------------------------------------
@@ -407,7 +378,7 @@ def test_warm_up_and_decay_count_the_updates_of_each_block(tmp_path, kind):
     [
         *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
         *(
-            pytest.param(kind, marks=pytest.mark.xfail(reason="accepted, but fails when training starts"))
+            kind
             for kind in (
                 "reduce_lr_on_plateau",
                 "cosine_with_min_lr",
@@ -764,13 +735,26 @@ def test_blocks_that_cannot_be_trained(tmp_path, blocks, message):
         make_trainer(tmp_path, tiny_dit(3, blocks=[1, 2]), blocks=blocks)
 
 
-@pytest.mark.xfail(reason="an empty list trains nothing and succeeds")
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", property(lambda self: 2))
+    with pytest.raises(ValueError, match=r"2 processes were launched; this trainer runs in one.*blocks=\[b\]"):
+        make_trainer(tmp_path)
+
+
+def test_a_run_in_another_thread_is_the_same_run(tmp_path):
+    trainers = [make_trainer(tmp_path / name) for name in "ab"]
+    thread = threading.Thread(target=trainers[0].train)
+    thread.start()
+    thread.join()
+    trainers[1].train()
+    assert all(same_tensors(everything(trainers[0])[b], everything(trainers[1])[b]) for b in range(3))
+
+
 def test_training_no_block_is_refused(tmp_path):
     with pytest.raises(ValueError, match="blocks"):
         make_trainer(tmp_path, blocks=[]).train()
 
 
-@pytest.mark.xfail(raises=ValueError, reason="Accelerate's state is one per process")
 def test_runs_of_other_precisions_follow_each_other_in_one_process(tmp_path):
     make_trainer(tmp_path / "a").train()
     make_trainer(tmp_path / "b", mixed_precision="bf16").train()
@@ -818,7 +802,6 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path):
     assert [p.name for p in find_checkpoints(tmp_path)] == ["checkpoint-6", "checkpoint-8", "checkpoint-9"]
 
 
-@pytest.mark.xfail(reason="checkpoints of an earlier run count as newer than the new run's")
 @pytest.mark.parametrize("save_steps", [0, 3])
 def test_a_new_run_in_the_directory_of_a_longer_one_keeps_its_own_checkpoints(tmp_path, save_steps):
     make_trainer(tmp_path, max_steps=4, save_steps=2).train()
@@ -829,7 +812,6 @@ def test_a_new_run_in_the_directory_of_a_longer_one_keeps_its_own_checkpoints(tm
     assert same_tensors(BlockedDiTModel.from_pretrained(newest).state_dict(), trainer.model.state_dict())
 
 
-@pytest.mark.xfail(reason="the end of a run is not saved where an earlier run left a checkpoint of the same number")
 def test_a_new_run_of_the_same_length_saves_its_end(tmp_path):
     make_trainer(tmp_path).train()
     trainer = make_trainer(tmp_path, learning_rate=1e-2)

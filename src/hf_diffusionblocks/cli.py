@@ -217,7 +217,7 @@ def _train(args: argparse.Namespace) -> None:
 
     from . import jobs
     from .recipes import load_recipe
-    from .training.trainer import overwrite_run
+    from .training.run_files import overwrite_run
 
     overrides = list(args.overrides)
     overrides += [f"{name}={value}" for name in ("method", "match") if (value := getattr(args, name)) is not None]

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from .modeling import BlockedPreTrainedModel
+from .modeling import BlockedPreTrainedModel, enable_checkpointing
 from .objectives import DenoisingScoreMatching
 from .training.arguments import DiffusionBlocksTrainingArguments
 from .training.block_trainer import BlockTrainer, Objective
@@ -238,9 +238,7 @@ def set_mode(model: BlockedPreTrainedModel, checkpointing: bool, **kwargs: Any) 
     """Training mode, with non-reentrant checkpointing or without."""
     model.train()
     if checkpointing:
-        # transformers renamed it; both names mean this.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False, **kwargs})
+        enable_checkpointing(model, **kwargs)
     else:
         for module in _checkpointed(model):
             module.gradient_checkpointing = False

@@ -364,7 +364,10 @@ class _Finder:
             return path
         if self.root.is_absolute() or self.name.startswith("."):
             raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
-        return Path(cached_file(self.name, name, **self.kwargs))
+        try:
+            return Path(cached_file(self.name, name, **self.kwargs))
+        except OSError as error:
+            raise OSError(f"cannot get {serialization.describe_file(name)} of {self.name}: {error}") from error
 
 
 def format_block_parameters(model: BlockedPreTrainedModel) -> str:
@@ -380,6 +383,13 @@ def format_block_parameters(model: BlockedPreTrainedModel) -> str:
     lines.append(f"{'shared':<44}{shared:>14,}{100 * shared / total:>10.2f}")
     lines.append(f"{'all':<44}{total:>14,}{100.0:>10.2f}")
     return "\n".join(lines)
+
+
+def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
+    """Recompute activations layer by layer, without reentry (gradients would vanish beside frozen parts)."""
+    # transformers renamed it; both names mean this.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False, **kwargs})
 
 
 def remove_tree(path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from .families.dit import BlockedDiTModel
 from .sampling import Callback, guided, make_grid, make_solver, sample_with_scheduler
 
 _MODEL_INDEX = "model_index.json"
+
+logger = logging.get_logger(__name__)
 
 
 class BlockedDiTPipeline(DiffusionPipeline):
@@ -85,11 +88,18 @@ class BlockedDiTPipeline(DiffusionPipeline):
         missing = set(range(model.partition.num_blocks)) - set(model.resident_blocks)
         if missing:
             raise ValueError(f"sampling needs every block; not loaded: {sorted(missing)}. Load them with blocks=None.")
+        if isinstance(generator, list) and len(generator) != len(labels):
+            raise ValueError(f"{len(generator)} generators for {len(labels)} labels: give one, or one per label.")
         shape = (len(labels), *self.sample_shape)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=model.dtype)
         elif tuple(latents.shape) != shape:
             raise ValueError(f"latents has shape {list(latents.shape)}; give standard normal noise of {list(shape)}.")
+        if guidance_scale != 1 and model.config.label_dropout == 0:
+            logger.warning(
+                f"guidance_scale={guidance_scale} needs the null class, which a model with label_dropout=0 never "
+                "trained. Use guidance_scale=1."
+            )
         training = model.training
         model.eval()
         try:

@@ -335,17 +335,29 @@ def _load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
         root, name = Path(base), str(base)
         if root.is_absolute() and not root.is_dir():
             raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
-        if root.is_dir() and (root / "config.json").is_file():
-            return _as_dit(DiTTransformer2DModel.from_pretrained(name)), None
-        if root.is_dir() and not (root / "transformer").is_dir():
-            raise ValueError(f"{name} holds neither a DiT (config.json) nor a DiTPipeline (transformer/).")
-        transformer = DiTTransformer2DModel.from_pretrained(name, subfolder="transformer")
+        place, config = _find_dit(name)
+        if config.get("_class_name") not in _BASE_CLASS_NAMES:
+            kind = config.get("_class_name") or config.get("model_type") or "an unknown model"
+            raise ValueError(f"{name} holds {kind}, which BlockedDiTModel cannot cut: give a DiT or a DiTPipeline.")
+        transformer = DiTTransformer2DModel.from_pretrained(name, **place)
         try:  # all of diffusers' schedulers keep their config in a file of the same name
             scheduler = DDPMScheduler.load_config(name, subfolder="scheduler")
         except OSError:
             scheduler = None
         return _as_dit(transformer), scheduler
     return _as_dit(base), None
+
+
+def _find_dit(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Where a DiT lies in a directory or repository, at its root or in a pipeline's folder, and its config."""
+    for place in ({}, {"subfolder": "transformer"}):
+        try:
+            return place, DiTTransformer2DModel.load_config(name, **place)
+        except OSError as error:
+            problem = error
+    raise ValueError(
+        f"{name} holds neither a DiT (config.json) nor a DiTPipeline (transformer/config.json): {problem}"
+    ) from problem
 
 
 def _as_dit(base: Any) -> DiTTransformer2DModel:

@@ -91,8 +91,10 @@ class Recipe:
         return DiffusionBlocksTrainingArguments(**self.training)
 
     def config(self) -> BlockedDiTConfig:
-        """The config of the model that this recipe trains (not for recipes that convert a ``base``)."""
-        return BlockedDiTModel.config_from({k: v for k, v in self.model.items() if k != "base"}, **self.blocks)
+        """The config of the model that this recipe trains (of a converted ``base``: after loading it)."""
+        if "base" in self.model:
+            return self.build_model().config
+        return BlockedDiTModel.config_from(self.model, **self.blocks)
 
     def build_model(self, blocks: list[int] | None = None) -> BlockedDiTModel:
         """A new model, or the converted ``model.base``."""

@@ -4,12 +4,16 @@ import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from transformers import SchedulerType
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import SchedulerType, get_scheduler
 
 from ..suggest import unknown_name
 
 BLOCK_ORDERS = ("random", "round_robin", "sequential")
 MIXED_PRECISIONS = ("no", "bf16")
+# Those of transformers that depend on the number of updates alone, not on a measured loss.
+LR_SCHEDULES = tuple(s.value for s in SchedulerType if s.value not in ("reduce_lr_on_plateau", "greedy"))
 
 
 @dataclass
@@ -35,6 +39,7 @@ class DiffusionBlocksTrainingArguments:
     lr_scheduler_type: str = field(
         default="constant_with_warmup", metadata={"help": "a transformers schedule, per block"}
     )
+    lr_scheduler_kwargs: dict = field(default_factory=dict, metadata={"help": "further settings of the schedule"})
     warmup_steps: int = field(default=0, metadata={"help": "warm-up updates of each block"})
     weight_decay: float = field(default=0.0, metadata={"help": "of weight matrices; biases and norms have none"})
     adam_beta1: float = field(default=0.9, metadata={"help": "AdamW beta1"})
@@ -96,10 +101,29 @@ class DiffusionBlocksTrainingArguments:
         for name, allowed in (
             ("block_order", BLOCK_ORDERS),
             ("mixed_precision", MIXED_PRECISIONS),
-            ("lr_scheduler_type", [s.value for s in SchedulerType]),
+            ("lr_scheduler_type", LR_SCHEDULES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(name, getattr(self, name), allowed))
+
+        try:
+            parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
+            self.make_schedule(torch.optim.SGD([parameter], lr=self.learning_rate), max(self.warmup_steps + 1, 2))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} cannot be made with "
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {error}. Give what transformers' schedule asks for."
+            ) from error
+
+    def make_schedule(self, optimizer: torch.optim.Optimizer, num_updates: int) -> LRScheduler:
+        """transformers' learning-rate schedule over a block's updates."""
+        return get_scheduler(
+            self.lr_scheduler_type,
+            optimizer,
+            num_warmup_steps=self.warmup_steps,
+            num_training_steps=num_updates,
+            scheduler_specific_kwargs=self.lr_scheduler_kwargs,
+        )
 
     def updates_per_block(self, num_samples: int) -> int:
         """K, the number of updates that each block gets on a data set of so many samples."""

@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from transformers import get_scheduler
 
 from ..modeling import BlockedPreTrainedModel
 from ..objectives import ObjectiveResult
@@ -51,12 +50,7 @@ class BlockTrainer:
             fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
         )
         # Not prepared by Accelerate, which would step it once per process (huggingface/accelerate#2773).
-        self.lr_scheduler = get_scheduler(
-            args.lr_scheduler_type,
-            self.optimizer,
-            num_warmup_steps=args.warmup_steps,
-            num_training_steps=num_updates,
-        )
+        self.lr_scheduler = args.make_schedule(self.optimizer, num_updates)
         self.ema = self._make_ema() if args.use_ema else None
         self.updates = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
@@ -104,7 +98,7 @@ class BlockTrainer:
             torch.manual_seed(seed)  # dropout inside the layers
             for _ in range(args.gradient_accumulation_steps):
                 batch = self._next_batch()
-                with accelerator.autocast():
+                with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                     result = self.objective(self.model, self.block, batch, generator)
                 accelerator.backward(result.loss / args.gradient_accumulation_steps)
                 share = result.loss.detach() / args.gradient_accumulation_steps

@@ -4,11 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from ..modeling import BlockedPreTrainedModel
+from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import DenoisingScoreMatching, HeldOutLoss, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
 from .block_trainer import BlockTrainer, Objective
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import derive_seed, fetch
-
-UPDATES_NAME = "updates.jsonl"
-EVALUATIONS_NAME = "evaluations.jsonl"
+from .run_files import EVALUATIONS_NAME, UPDATES_NAME, set_aside, truncate_log
 
 
 class NonFiniteLossError(RuntimeError):
@@ -73,7 +71,7 @@ class DiffusionBlocksTrainer:
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         self.output_dir = Path(args.output_dir)
         self.accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
+            mixed_precision="no",  # Accelerate's is one per process; block_trainer.py has each run's own autocast
             cpu=args.cpu,
             log_with=args.report_to or None,
             project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir)),
@@ -88,6 +86,8 @@ class DiffusionBlocksTrainer:
             teacher.to(self.accelerator.device)
         self.objective = objective or DenoisingScoreMatching(teacher, args.distillation_weight, args.horizontal_flip)
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
+        if not self.blocks:
+            raise ValueError("blocks=[] trains nothing: name at least one block, or None for all that are loaded.")
         for block in self.blocks:
             model.block(block)
         self._check_dataset(train_dataset, "training")
@@ -112,7 +112,7 @@ class DiffusionBlocksTrainer:
     def _prepare_model(self) -> None:
         self.model.train()
         if self.args.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_checkpointing(self.model)
         if self.args.torch_compile:
             for block in self.blocks:
                 self.model.block(block).compile()
@@ -139,7 +139,8 @@ class DiffusionBlocksTrainer:
 
         Args:
             resume_from_checkpoint: a checkpoint directory, True for the newest in ``output_dir`` (from the start if
-                there is none), or None to start anew.
+                there is none), or None to start anew; an earlier run's files in ``output_dir`` are then set aside in
+                ``previous-<n>``.
 
         Returns:
             A summary: iterations, updates per block, seconds, the mean loss of each block's last updates.
@@ -335,7 +336,7 @@ class DiffusionBlocksTrainer:
             self.model.save_pretrained(target)
         return target
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
         config = self.model.config.to_dict()
@@ -345,12 +346,7 @@ class DiffusionBlocksTrainer:
             if k not in ("transformers_version", "_name_or_path", "architectures", "dtype")
         }
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
-        first = fetch(self.train_dataset, [0, len(self.train_dataset) - 1])["pixel_values"]
-        digest = hashlib.sha256(first.float().contiguous().numpy().tobytes()).hexdigest()[:16]
-        data = {
-            "num_samples": len(self.train_dataset),
-            "fingerprint": getattr(self.train_dataset, "fingerprint", None) or digest,
-        }
+        data = {"num_samples": len(self.train_dataset), "fingerprint": _data_fingerprint(self.train_dataset)}
         return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
 
     def _save_checkpoint(self) -> None:
@@ -368,15 +364,14 @@ class DiffusionBlocksTrainer:
             checkpoint = Path(resume) if resume else None
         if checkpoint is None:
             if self.iteration == 0:
-                for name in (UPDATES_NAME, EVALUATIONS_NAME):
-                    (self.output_dir / name).unlink(missing_ok=True)
+                set_aside(self.output_dir)
             return
         state = read_state(checkpoint)
         check_identity(state["identity"], self.identity, checkpoint)
         load_checkpoint(checkpoint, state, self.model, self.trainers)
         self.iteration = self.state.global_step = state["iteration"]
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
-            _truncate_log(self.output_dir / name, self.iteration)
+            truncate_log(self.output_dir / name, self.iteration)
 
 
 def block_schedule(blocks: list[int], num_updates: int, args: DiffusionBlocksTrainingArguments) -> list[int]:
@@ -396,29 +391,19 @@ def block_schedule(blocks: list[int], num_updates: int, args: DiffusionBlocksTra
     return [block for block, length in plan for _ in range(length)]
 
 
-def _truncate_log(path: Path, iteration: int) -> None:
-    """Drop what was logged after the checkpoint (and a last line that a kill cut short)."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["iteration"] <= iteration:
-                kept.append(line + "\n")
-        except ValueError:
-            break
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+def _data_fingerprint(dataset: Any) -> str:
+    """A data set's own fingerprint; otherwise a hash of its samples, of 1024 evenly spread ones if there are more."""
+    own = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
+    if isinstance(own, str):
+        return own
+    digest = hashlib.sha256()
+    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), 1024)).round().long().tolist()
+    for start in range(0, len(rows), 64):
+        batch = fetch(dataset, rows[start : start + 64])
+        for name in ("pixel_values", "class_labels"):
+            digest.update(batch[name].detach().cpu().double().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-
-
-def overwrite_run(output_dir: Path) -> None:
-    """Remove a run's files so that it starts anew. Only what a run writes is removed."""
-    for path in [*find_checkpoints(output_dir), output_dir / "model", output_dir / "samples"]:
-        shutil.rmtree(path, ignore_errors=True)
-    for name in (UPDATES_NAME, EVALUATIONS_NAME):
-        (output_dir / name).unlink(missing_ok=True)

@@ -1,0 +1,49 @@
+"""The files of a run beside its checkpoints: logs, and what a new run does with those of an earlier one."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .checkpoint import find_checkpoints
+
+UPDATES_NAME = "updates.jsonl"
+EVALUATIONS_NAME = "evaluations.jsonl"
+
+
+def truncate_log(path: Path, iteration: int) -> None:
+    """Drop what was logged after the checkpoint (and a last line that a kill cut short)."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["iteration"] <= iteration:
+                kept.append(line + "\n")
+        except ValueError:
+            break
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def set_aside(output_dir: Path) -> None:
+    """Move an earlier run's checkpoints and logs into ``previous-<n>``, so that a new run does not mix with them."""
+    earlier = [*find_checkpoints(output_dir), *(output_dir / name for name in (UPDATES_NAME, EVALUATIONS_NAME))]
+    earlier = [path for path in earlier if path.exists()]
+    if not earlier:
+        return
+    number = 1 + sum(1 for _ in output_dir.glob("previous-*"))
+    while (folder := output_dir / f"previous-{number}").exists():
+        number += 1
+    folder.mkdir()
+    for path in earlier:
+        os.replace(path, folder / path.name)
+
+
+def overwrite_run(output_dir: Path) -> None:
+    """Remove a run's files so that it starts anew. Only what a run writes is removed."""
+    for path in [*find_checkpoints(output_dir), output_dir / "model", output_dir / "samples"]:
+        shutil.rmtree(path, ignore_errors=True)
+    for name in (UPDATES_NAME, EVALUATIONS_NAME):
+        (output_dir / name).unlink(missing_ok=True)
