@@ -256,6 +256,12 @@ def test_a_checkpoint_is_a_model_that_loads(run_dir):
 # -- half-written and broken checkpoints -------------------------------------------------------------------------
 
 
+def test_checkpoints_are_ordered_by_their_iteration(run_dir):
+    for iteration in (100, 9, 10):
+        shutil.copytree(run_dir / "checkpoint-5", run_dir / f"checkpoint-{iteration}")
+    assert [p.name for p in find_checkpoints(run_dir)] == [f"checkpoint-{i}" for i in (5, 9, 10, 100)]
+
+
 def test_half_written_checkpoints_are_never_taken_up_and_are_cleaned_away(run_dir):
     shutil.copytree(run_dir / "checkpoint-5", run_dir / ".checkpoint-7.writing")
     shutil.copytree(run_dir / "checkpoint-5", run_dir / ".checkpoint-8.removed-123")
