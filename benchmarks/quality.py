@@ -190,8 +190,8 @@ def table(study: str, reference: str = "end to end, L") -> str:
     base = {r["seed"]: r["held_out_loss"] for r in rows if r["arm"] == reference}
     lines = [
         f"| arm | seeds | held-out loss | minus {reference} (paired) | high / middle / low noise | {frechet} | "
-        "class agreement | parameters | updates per block | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "class agreement | parameters | updates per block |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for arm in arms:
         mine = [r for r in rows if r["arm"] == arm]
@@ -201,7 +201,7 @@ def table(study: str, reference: str = "end to end, L") -> str:
             f"| {arm} | {len(mine)} | {_mean([r['held_out_loss'] for r in mine])} | "
             f"{_mean(pairs) if pairs else ''} | {ranges} | {_mean([r[frechet] for r in mine])} | "
             f"{_mean([r['class_agreement'] for r in mine])} | {mine[0]['parameters']:,} | "
-            f"{mine[0]['updates_per_block']} | {statistics.mean(r['train_seconds'] for r in mine):.0f} |"
+            f"{mine[0]['updates_per_block']} |"
         )
     first = rows[0]
     lines.append("")

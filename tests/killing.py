@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -109,11 +110,16 @@ def interrupt_at_random(directory: Path, count: int, seconds: float, signals: li
     """Start the run, interrupt it `count` times, then let it finish. Uninterrupted, it takes about `seconds`."""
     draw = random.Random(seed)
     statuses, half_written, stops = [], [], []
-    for attempt in range(count):
+    while len(statuses) < count:
         child = start(directory)
         time.sleep(draw.uniform(0, 2 * seconds / (count + 1)))
-        os.kill(child, signals[attempt % len(signals)])
-        statuses.append(status_of(child))
+        os.kill(child, signals[len(statuses) % len(signals)])
+        status = status_of(child)
+        if status == 0:  # it was faster: begin again
+            shutil.rmtree(directory)
+            statuses, half_written, stops, seconds = [], [], [], seconds / 2
+            continue
+        statuses.append(status)
         half_written.append(leftovers(directory))
         stops.append([p.name for p in checkpoint_module.find_checkpoints(directory)][-1:])
     final = status_of(fork(lambda: train(directory)))
@@ -164,8 +170,9 @@ def kill_at_points(directory: Path, stride: int, **settings: Any) -> dict[str, A
             train(target, **settings)
 
         status = status_of(fork(killed))
-        if status == 0:  # there is no such operation any more
-            return points
+        if status != -signal.SIGKILL:
+            assert status == 0, f"the run failed at point {at}"
+            return points  # there is no such operation any more
         found = [p.name for p in checkpoint_module.find_checkpoints(target)]
         points[target.name] = {"status": status, "found": found, "half_written": leftovers(target)}
         points[target.name]["final"] = status_of(fork(lambda target=target: train(target, **settings)))
