@@ -71,9 +71,7 @@ def test_a_sample_stands_in_the_file_pixel_by_pixel(tmp_path, channels, size, sc
     assert len(figure.images) == 3
     for i in range(3):
         wanted = (samples[i].expand(3, -1, -1) * 255).round().byte().permute(1, 2, 0).numpy()
-        np.testing.assert_array_equal(
-            drawn_pixels(figure, png, i), wanted.repeat(scale, axis=0).repeat(scale, axis=1)
-        )
+        np.testing.assert_array_equal(drawn_pixels(figure, png, i), wanted.repeat(scale, axis=0).repeat(scale, axis=1))
 
 
 def test_one_row_per_class_in_order_with_its_name():
