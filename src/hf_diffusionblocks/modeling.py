@@ -72,10 +72,14 @@ class BlockedPreTrainedModel(PreTrainedModel):
         resident = range(config.num_blocks) if blocks is None else _checked_blocks(self.partition, blocks)
         # A block's initial weights depend on this draw and on its number, not on which other blocks are resident.
         self._init_seed = int(torch.randint(2**62, ()).item()) if torch.get_default_device().type != "meta" else 0
+        self.make_shared()
         self.blocks = nn.ModuleDict({str(b): self.make_block(b) for b in resident})
         self.post_init()
 
     # -- what a family defines -----------------------------------------------------------------------------------
+
+    def make_shared(self) -> None:
+        """Build what all blocks share, as attributes of the model. Nothing unless a family overrides it."""
 
     def make_block(self, block: int) -> nn.Module:
         """Build a block: its layers with its own stem and head. Weights are initialised afterwards."""

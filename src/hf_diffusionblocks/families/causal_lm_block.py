@@ -1,0 +1,69 @@
+"""One block of a causal language model: transformers' own decoder of its layers, and what stands around it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+
+from ..conditioning import Modulation, NoiseEmbedding
+from .causal_lm_config import BlockedCausalLMConfig
+
+
+class CausalLMBlock(nn.Module):
+    """One block: the base's decoder of its layers, norm, head, and what its training or its noisy stream needs."""
+
+    def __init__(self, config: BlockedCausalLMConfig, layers: Sequence[int], block: int, attention: str | None):
+        super().__init__()
+        self.is_first = layers[0] == 0
+        self.model = _decoder(config, layers, attention)
+        self.norm = self.model.norm
+        self.model.norm = nn.Identity()
+        self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        count = config.auxiliary_layers_of(block)
+        self.auxiliary = _decoder(config, range(layers[-1] + 1, layers[-1] + 1 + count), attention) if count else None
+        if self.auxiliary is not None:
+            self.auxiliary.norm = nn.Identity()
+        self.noise_embedding = self.modulations = self.noisy_in = self.logit_scale = None
+        if config.two_stream:
+            width = min(256, config.hidden_size)
+            self.noise_embedding = NoiseEmbedding(width)
+            self.modulations = nn.ModuleList(Modulation(width, config.hidden_size) for _ in layers)
+            self.noisy_in = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.readout == "edm":
+            self.logit_scale = nn.Parameter(torch.zeros(()))
+
+
+def _decoder(config: BlockedCausalLMConfig, layers: Sequence[int], attention: str | None) -> PreTrainedModel:
+    """transformers' decoder of these layers of the base, without embeddings."""
+    base = config.make_base_config(layers)
+    base._attn_implementation = attention
+    vocab_size, base.vocab_size, padding = base.vocab_size, 1, base.pad_token_id
+    base.pad_token_id = None
+    decoder = AutoModel.from_config(base)
+    base.vocab_size, base.pad_token_id = vocab_size, padding
+    _check_decoder(decoder)
+    decoder.embed_tokens = None
+    return decoder
+
+
+def _check_decoder(decoder: PreTrainedModel) -> None:
+    """Raise a ``ValueError`` if the decoder is not built of the pieces that can be cut."""
+    kind = decoder.config.model_type
+    mend = "Models built like Llama, Mistral, Qwen2 and Qwen3 can be cut."
+    for name in ("layers", "norm", "rotary_emb", "embed_tokens"):
+        if getattr(decoder, name, None) is None:
+            raise ValueError(f"a model of type {kind!r} cannot be cut: its decoder has no {name!r}. {mend}")
+    pieces = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+    found = {name for name, _ in decoder.layers[0].named_children()}
+    if found != pieces:
+        odd = sorted(found ^ pieces)
+        raise ValueError(f"a model of type {kind!r} cannot be cut: its layers differ from Llama's in {odd}. {mend}")
+
+
+def zero_output_projections(decoder: PreTrainedModel) -> None:
+    """Make each layer the identity: what its branches add is zero."""
+    for layer in decoder.layers:
+        init.zeros_(layer.self_attn.o_proj.weight)
+        init.zeros_(layer.mlp.down_proj.weight)

@@ -1,0 +1,155 @@
+"""Config of blocked causal language models."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..configuration import DiffusionBlocksConfig
+from ..suggest import unknown_name
+
+READOUTS = ("clean", "exact", "edm")
+CONTEXTS = ("cascade", "independent")
+INITIALIZATIONS = ("identity", "default")
+
+# The paper's settings (arXiv 2506.14202, App. B and E.4), as one preset.
+PRESETS = {
+    "paper": {
+        "readout": "edm",
+        "context": "independent",
+        "auxiliary_layers": 0,
+        "initialization": "default",
+        "overlap": 0.1,
+        "noise": {"p_mean": -1.2, "p_std": 1.2},
+    }
+}
+
+
+class BlockedCausalLMConfig(DiffusionBlocksConfig):
+    """Config of :class:`BlockedForCausalLM`: :class:`DiffusionBlocksConfig` and
+
+    Args:
+        base_config: the config of a transformers decoder as a dict, with its ``model_type``.
+        readout: ``clean``, ``exact`` or ``edm``; see the module.
+        context: ``cascade`` or ``independent``; see the module.
+        auxiliary_layers: layers between a block's output and its head that only its training loss sees. The last block
+            of a cascade has none, and none are used once trained.
+        initialization: ``identity`` zeroes the output projections of new layers of auxiliary layers and of all blocks
+            but the first of a cascade, so that a block starts by passing on what it gets; ``default`` leaves the
+            base's.
+        pretrained: whether the blocks hold a trained base's weights.
+        trained_blocks: blocks that were trained, in order; a cascade's block needs those below it.
+
+    Example:
+        >>> base = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6,
+        ...         "num_attention_heads": 4, "vocab_size": 100}
+        >>> BlockedCausalLMConfig(base_config=base, num_blocks=3).layers_per_block
+        [2, 2, 2]
+    """
+
+    model_type = "blocked_causal_lm"
+
+    readout: str = "clean"
+    context: str = "cascade"
+    auxiliary_layers: int = 1
+    initialization: str = "identity"
+    pretrained: bool = False
+    trained_blocks: list | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        for name, allowed in (("readout", READOUTS), ("context", CONTEXTS), ("initialization", INITIALIZATIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(name, getattr(self, name), allowed))
+        if isinstance(self.auxiliary_layers, bool) or not isinstance(self.auxiliary_layers, int):
+            raise ValueError(f"auxiliary_layers={self.auxiliary_layers!r} must be a whole number of at least 0.")
+        if self.auxiliary_layers < 0:
+            raise ValueError(f"auxiliary_layers={self.auxiliary_layers} must be at least 0.")
+        if self.auxiliary_layers and self.readout != "clean":
+            raise ValueError(
+                f"auxiliary_layers={self.auxiliary_layers} needs readout='clean'; with readout={self.readout!r} set it "
+                "to 0: there a block's own layers are its denoiser."
+            )
+        if self.preconditioning != "edm":
+            raise ValueError(f"preconditioning={self.preconditioning!r} is for images; language models use 'edm'.")
+        self.trained_blocks = sorted(set(self.trained_blocks or []))
+        base = self.make_base_config()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(base, name, None))
+        self.tie_word_embeddings = False  # the head is tied by the forward pass, not by sharing parameters
+
+    def complete_base_config(self, base_config: dict) -> dict:
+        model_type = base_config.get("model_type")
+        if model_type is None:
+            raise ValueError("base_config has no model_type: give the config of a decoder, such as 'llama'.")
+        try:
+            config = AutoConfig.for_model(**base_config)
+        except ValueError as error:
+            raise ValueError(
+                f"base_config's model_type={model_type!r} is not known to transformers: {error}"
+            ) from error
+        full = config.to_dict()
+        for name in base_config:
+            if name not in full and not name.startswith("_") and name != "torch_dtype":
+                raise ValueError(unknown_name(f"{model_type} setting", name, full))
+        dropped = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
+        return {k: v for k, v in full.items() if k not in dropped}
+
+    def make_base_config(self, layers: Sequence[int] | None = None) -> PreTrainedConfig:
+        """The base's config; with ``layers``, that of a decoder of these layers of the base."""
+        values = dict(self.base_config)
+        if layers is not None:
+            values["num_hidden_layers"] = len(layers)
+            if values.get("layer_types"):
+                values["layer_types"] = [values["layer_types"][min(i, self.num_layers - 1)] for i in layers]
+        return AutoConfig.for_model(**values)
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
+        """The base's config, which ``generate`` builds its cache from."""
+        return self.make_base_config()
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.base_config["num_hidden_layers"])
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """L."""
+        return self.num_layers
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of tokens."""
+        return int(self.base_config["vocab_size"])
+
+    @property
+    def hidden_size(self) -> int:
+        """d, the width."""
+        return int(self.base_config["hidden_size"])
+
+    @property
+    def max_position_embeddings(self) -> int:
+        """The longest sequence, in tokens."""
+        return int(self.base_config.get("max_position_embeddings") or 2**31)
+
+    @property
+    def tied_head(self) -> bool:
+        """Whether the head is the token embedding."""
+        return bool(self.base_config.get("tie_word_embeddings", False))
+
+    @property
+    def two_stream(self) -> bool:
+        """Whether the readout has a stream of noisy targets."""
+        return self.readout != "clean"
+
+    def auxiliary_layers_of(self, block: int) -> int:
+        """Number of auxiliary layers of a block: none in the last block of a cascade, whose output is the model's."""
+        last = self.context == "cascade" and block == self.num_blocks - 1
+        return 0 if last or self.context == "independent" else self.auxiliary_layers
+
+
+def config_fields() -> frozenset[str]:
+    """Settings of a blocked language model besides its base and number of blocks."""
+    fields = set(BlockedCausalLMConfig.__annotations__) | set(DiffusionBlocksConfig.__annotations__)
+    return frozenset(fields - {"base_config", "num_blocks"})

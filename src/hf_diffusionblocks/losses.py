@@ -1,0 +1,61 @@
+"""Cross-entropy of a linear head, in chunks: never the logits of all tokens at once.
+
+The logits of N tokens over V classes in float32 take 4 N V bytes (8 x 1024 tokens at a vocabulary of 49k: 1.6 GB), more
+than all activations of a block. Here a chunk's logits are computed, used and dropped, and computed again in the
+backward pass.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+# Features and the matrix that they are multiplied with; logits are the sum over pairs.
+Pairs = Sequence[tuple[Float[Tensor, "*tokens width"], Float[Tensor, "vocab width"]]]
+
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits at a time
+
+
+def linear_logits(pairs: Pairs) -> Float[Tensor, "*tokens vocab"]:
+    """``sum_i x_i W_i^T``. A pair is multiplied in its weight's dtype; several are summed in float32."""
+    if len(pairs) == 1:
+        x, weight = pairs[0]
+        return F.linear(x.to(weight.dtype), weight)
+    return sum(F.linear(x.to(weight.dtype), weight).float() for x, weight in pairs)
+
+
+def linear_cross_entropy(
+    pairs: Pairs, labels: Int[Tensor, "tokens"], *, ignore_index: int = -100, chunk_elements: int = CHUNK_ELEMENTS
+) -> Float[Tensor, "kept"]:
+    """Cross-entropy in nats of each token that is not ignored.
+
+    Args:
+        pairs: features [tokens, width] and weights [vocab, width]; the logits are the sum of their products.
+        labels: classes [tokens]; ``ignore_index`` where there is none.
+        ignore_index: label of tokens to leave out, before any product is computed.
+        chunk_elements: largest number of logits to hold at a time.
+
+    Returns:
+        float32 [kept], in the order of the tokens.
+    """
+    kept = labels != ignore_index
+    if not bool(kept.all()):
+        labels = labels[kept]
+        pairs = [(x[kept], weight) for x, weight in pairs]
+    size = max(1, chunk_elements // pairs[0][1].shape[0])
+    if len(labels) <= size:
+        return _cross_entropy(labels, *(tensor for pair in pairs for tensor in pair))
+    losses = []
+    for start in range(0, len(labels), size):
+        rows = slice(start, start + size)
+        tensors = [tensor for x, weight in pairs for tensor in (x[rows], weight)]
+        losses.append(checkpoint(_cross_entropy, labels[rows], *tensors, use_reentrant=False))
+    return torch.cat(losses)
+
+
+def _cross_entropy(labels: Tensor, *tensors: Tensor) -> Tensor:
+    logits = linear_logits(list(zip(tensors[::2], tensors[1::2], strict=True)))
+    return F.cross_entropy(logits.float(), labels, reduction="none")
