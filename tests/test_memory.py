@@ -282,7 +282,9 @@ def test_planning_allocates_no_model():
 
 def test_extrapolation_over_layers_is_exact():
     config = config_of(2, num_layers=7, layers_per_block=None)
-    step = _FakeStep(AutoModel.from_config, BATCH, torch.float32, "bf16", None, torch.device("cpu"), {})
+    step = _FakeStep(
+        AutoModel.from_config, BATCH, torch.float32, "bf16", DenoisingScoreMatching(), torch.device("cpu"), {}
+    )
     model = step.build(config)
     assert len(model.partition.layers(0)) == 4
     assert step._extrapolate(model, 0) == step._run(config, 0)
@@ -299,7 +301,7 @@ class UnevenModel(BlockedDiTModel):
 
 def test_blocks_of_uneven_layers_are_not_extrapolated():
     steps = [
-        _FakeStep(make, BATCH, torch.float32, "no", None, torch.device("cpu"), {})
+        _FakeStep(make, BATCH, torch.float32, "no", DenoisingScoreMatching(), torch.device("cpu"), {})
         for make in (UnevenModel, BlockedDiTModel)
     ]
     uneven, even = (step.build(config_of(1, num_layers=4)) for step in steps)

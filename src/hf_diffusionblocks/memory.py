@@ -32,7 +32,7 @@ from .memory_counting import (
     set_mode,
 )
 from .modeling import BlockedPreTrainedModel
-from .objectives import DenoisingScoreMatching
+from .objectives import default_objective
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS
 from .training.block_trainer import Objective
@@ -195,6 +195,7 @@ def plan_memory(
     if not isinstance(given, DiffusionBlocksConfig):
         raise ValueError(f"plan_memory takes a blocked model or its config, not a {type(given).__name__}.")
     make = AutoModel.from_config if given is model_or_config else type(model_or_config)
+    objective = objective or default_objective(given)
     step = _FakeStep(make, batch_size, dtype, mixed_precision, objective, _device(device), batch_settings)
     config = given if num_blocks in (None, given.num_blocks) else _recut(given, num_blocks=num_blocks)
     blocked = step.build(config)
@@ -264,12 +265,12 @@ class _FakeStep:
         batch_size: int,
         dtype: torch.dtype,
         mixed_precision: str,
-        objective: Objective | None,
+        objective: Objective,
         device: torch.device,
         batch_settings: dict[str, Any],
     ):
         self.make, self.batch_size, self.dtype, self.batch_settings = make, batch_size, dtype, batch_settings
-        self.objective, self.device = objective or DenoisingScoreMatching(), device
+        self.objective, self.device = objective, device
         self.precision = Precision(device, mixed_precision)
         self._known: dict[tuple, tuple[int, int]] = {}
 
@@ -283,6 +284,8 @@ class _FakeStep:
     ) -> MemoryUse:
         """Bytes of a job that holds some blocks and steps them in turn."""
         trained = {b: list(model.block(b).parameters()) for b in held}
+        if 0 in trained:  # what blocks share trains with the first one
+            trained[0] += [p for _, p in model.shared_parameters()]
         size = held_bytes(p for parameters in trained.values() for p in parameters)
         return MemoryUse(
             weights=held_bytes(_resident(model, held)),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from .modeling import BlockedPreTrainedModel, enable_checkpointing
-from .objectives import DenoisingScoreMatching
+from .objectives import default_objective
 from .training.arguments import DiffusionBlocksTrainingArguments
 from .training.block_trainer import BlockTrainer, Objective
 from .training.trainer import DiffusionBlocksTrainer
@@ -227,8 +227,10 @@ def measure_memory(
     set_mode(model, gradient_checkpointing)
     accelerator = Precision(model.device, args.mixed_precision)
     try:
-        objective = objective or DenoisingScoreMatching()
-        return measure_step(BlockTrainer(model, block, objective, data, args, accelerator, num_updates=1))
+        objective = objective or default_objective(model.config)
+        shared = block == 0 and args.train_shared == "first"
+        one = BlockTrainer(model, block, objective, data, args, accelerator, num_updates=1, shared=shared)
+        return measure_step(one)
     finally:
         set_mode(model, was_checkpointing)
         model.train(training)

@@ -1,5 +1,6 @@
 """What all blocked models have in common: blocks, routing, preconditioning, and files by block."""
 
+import contextlib
 import os
 import shutil
 import tempfile
@@ -92,6 +93,12 @@ class BlockedPreTrainedModel(PreTrainedModel):
     def dummy_batch(self, batch_size: int, **settings: Any) -> dict[str, Tensor]:
         """A batch of the right shapes and dtypes for the objective, to count memory with; the values mean nothing."""
         raise TypeError(f"{type(self).__name__} must define dummy_batch().")
+
+    def check_batch(self, batch: dict[str, Tensor]) -> None:
+        """Raise a ``ValueError`` for a training batch that does not fit the model. Families override it."""
+
+    def begin_block(self, block: int, hand_over: bool = False) -> None:
+        """Prepare a block whose training begins after that of the blocks below it. Families override it."""
 
     def check_input(self, z: Tensor, **conditioning: Any) -> None:
         """Raise a ``ValueError`` for inputs that do not fit the model. Families override it."""
@@ -190,13 +197,12 @@ class BlockedPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     @init.guard_torch_init_functions()
     def initialize_weights(self) -> None:
-        """Initialise each block from its own random stream, so that one block alone gets the same weights."""
-        for block, module in self.blocks.items():
+        """Initialise each block, and what they share, from a random stream of its own: one block alone gets the same
+        weights."""
+        shared = nn.ModuleList(module for name, module in self.named_children() if name != "blocks")
+        for stream, module in {"-1": shared, **self.blocks}.items():
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed((self._init_seed + int(block)) % 2**63)
-                self._initialize_tree(module)
-        for name, module in self.named_children():
-            if name != "blocks":
+                torch.manual_seed((self._init_seed + int(stream)) % 2**63)
                 self._initialize_tree(module)
 
     def _initialize_tree(self, module: nn.Module) -> None:
@@ -270,6 +276,8 @@ class BlockedPreTrainedModel(PreTrainedModel):
                         "Save these blocks in a directory of their own."
                     )
         serialization.write_json(staging / "config.json", config)
+        if self.can_generate():
+            self.generation_config.save_pretrained(staging)
         serialization.write_weights(staging, state_dict, beside=target if partial else None)
 
     @classmethod
@@ -321,6 +329,10 @@ class BlockedPreTrainedModel(PreTrainedModel):
                 serialization.write_json(
                     view / serialization.INDEX_NAME, {"metadata": index["metadata"], "weight_map": part}
                 )
+                if cls.can_generate():
+                    config.save_pretrained(view)  # generate's settings come from it if they have no file of their own
+                    with contextlib.suppress(OSError, ValueError):
+                        os.symlink(find("generation_config.json").resolve(), view / "generation_config.json")
                 for name in hub_kwargs:
                     kwargs.pop(name, None)
                 model, info = super().from_pretrained(view, *model_args, output_loading_info=True, **kwargs)

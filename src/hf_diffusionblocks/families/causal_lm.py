@@ -19,6 +19,7 @@ Two contexts: ``independent`` (the paper's: each block reads the clean token emb
 ``cascade`` (block b reads what block b - 1 made of them, without gradient).
 """
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -35,11 +36,12 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..conditioning import Modulation
 from ..losses import linear_cross_entropy, linear_logits
 from ..modeling import BlockedPreTrainedModel
+from ..preconditioning import Coefficients
 from ..suggest import unknown_name
 from .causal_lm_block import CausalLMBlock, zero_output_projections
 from .causal_lm_checks import check_tokens
-from .causal_lm_config import PRESETS, BlockedCausalLMConfig, config_fields
-from .causal_lm_conversion import copy_weights, decoder_of
+from .causal_lm_config import PRESETS, BlockedCausalLMConfig, check_base_settings, config_fields
+from .causal_lm_conversion import check_same_function, copy_weights, decoder_of
 from .two_stream import (
     TwoStreamMasks,
     attention_mask_for,
@@ -131,8 +133,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         """A view of a whole model's cache that holds a block's layers; the layers' states are shared."""
         layers = self.partition.layers(block)
         replicate = getattr(cache, "layer_class_to_replicate", None)
-        while replicate is not None and len(cache.layers) < self.config.num_layers:
-            cache.layers.append(replicate())
+        if replicate is not None and not cache.layers:
+            cache.layers.extend(replicate() for _ in range(self.config.num_layers))
         if len(cache.layers) != self.config.num_layers:
             raise ValueError(
                 f"past_key_values has {len(cache.layers)} layers, the model {self.config.num_layers}: it is another "
@@ -175,7 +177,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         sigma: Float[Tensor, "batch tokens"],
         block: int,
         *,
-        position_ids: Int[Tensor, "batch tokens"],
+        position_ids: Int[Tensor, "rows tokens"],
         attention_mask: Int[Tensor, "batch tokens"] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """A block's layers on the clean tokens and on the noisy targets.
@@ -211,8 +213,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         block: int,
         cache: Cache,
         *,
-        position_ids: Int[Tensor, "batch tokens"],
-        attention_mask: Int[Tensor, "batch tokens"] | None = None,
+        position_ids: Int[Tensor, "rows tokens"],
+        attention_mask: Int[Tensor, "batch seen"] | None = None,
     ) -> Float[Tensor, "batch targets width"]:
         """A block's layers on noisy targets after the last clean tokens, whose keys and values a cache holds.
 
@@ -223,26 +225,37 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             cache: the whole model's, with the clean tokens in it.
             position_ids: of the last clean tokens, one per target.
             attention_mask: of all clean tokens, 0 at padding.
+
+        Raises:
+            ValueError: if a sliding window's cache no longer holds keys that the first targets see.
         """
         module = self.block(block)
         cache = self._cache_of(cache, block)
-        tokens = cache.get_seq_length()
+        tokens = int(cache.get_seq_length())
         noisy, embedded = self._noisy_input(module, z, sigma, self.dtype)
         positions = module.model.rotary_emb(noisy, position_ids[:, -z.shape[1] :] + 1)
         full = position_ids if position_ids.shape[1] == tokens else None
         masks = self._masks(tokens, z.shape[1], full, attention_mask, z.device, block)
         for i, layer in enumerate(module.model.layers):
             keys, values = cache.layers[i].keys[:, :, :tokens], cache.layers[i].values[:, :, :tokens]
-            held = keys.shape[2]  # a sliding window's cache drops what no later token sees
-            mask = masks[i].noisy[..., tokens - held :]
-            mask = attention_mask_for(layer, mask, noisy.dtype)
+            dropped = tokens - keys.shape[2]  # a sliding window's cache drops what no later token sees
+            if dropped and bool(masks[i].noisy[..., :dropped].any()):
+                raise ValueError(
+                    f"the cache of a sliding window has dropped keys that the first of {z.shape[1]} noisy targets "
+                    "see: give the target of the last token only, or run two_streams on all tokens."
+                )
+            mask = attention_mask_for(layer, masks[i].noisy[..., dropped:], noisy)
             noisy = noisy_layer(layer, noisy, module.modulations[i](embedded), keys, values, mask, positions)
         return module.norm(noisy)
+
+    def _coefficients(self, sigma: Float[Tensor, "*tokens"]) -> Coefficients:
+        """The preconditioning of noise levels of any shape, one per token."""
+        return Coefficients(*(c.view(sigma.shape) for c in self.preconditioning(sigma.flatten())))
 
     def _noisy_input(
         self, module: CausalLMBlock, z: Tensor, sigma: Tensor, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        c = self.preconditioning(sigma)
+        c = self._coefficients(sigma)
         noisy = module.noisy_in((c.c_in[..., None] * z).to(dtype))
         return noisy, module.noise_embedding(c.c_noise)
 
@@ -294,7 +307,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         table = self.target_table() if table is None else table
         z = z.float()
         if self.config.readout == "edm":
-            c = self.preconditioning(sigma)
+            c = self._coefficients(sigma)
             denoised = c.c_skip[..., None] * z + c.c_out[..., None] * hidden.float()  # EDM, arXiv 2206.00364, Eq. 7
             return [(self.block(block).logit_scale.exp() * denoised, table)]
         # log N(z; e_k, sigma^2) = <z, e_k> / sigma^2 + what does not depend on k, since all rows have norm 1.
@@ -330,11 +343,9 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
                 f"{[*input_ids.shape, self.config.hidden_size]}."
             )
         sigma = torch.as_tensor(sigma, device=z.device, dtype=torch.float32)
-        if sigma.ndim == 1:
-            sigma = sigma[:, None]
-        sigma = sigma.expand(z.shape[:2]) if sigma.ndim < 2 or sigma.shape[1] == 1 else sigma
-        if sigma.shape != z.shape[:2]:
+        if sigma.shape not in ((), z.shape[:1], z.shape[:2]):
             raise ValueError(f"sigma has shape {list(sigma.shape)}: give a number, [batch] or [batch, tokens].")
+        sigma = (sigma[:, None] if sigma.ndim == 1 else sigma).expand(z.shape[:2])
         if block is None:
             block = self._single_block(sigma.flatten())
         else:
@@ -348,6 +359,20 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         table = self.target_table()
         pairs = self.readout(features, z, sigma, block, table)
         return linear_logits(pairs).float().softmax(-1) @ table
+
+    @torch.no_grad()
+    def begin_block(self, block: int, hand_over: bool = False) -> None:
+        """Start a cascade's block from the block below it: its norm and head, and with ``hand_over`` its auxiliary
+        layers as this block's first layers. Blocks of a pretrained base keep the base's weights."""
+        if block == 0 or self.config.pretrained or self.config.context != "cascade":
+            return
+        module, below = self.block(block), self.block(block - 1)
+        module.norm.load_state_dict(below.norm.state_dict())
+        if module.lm_head is not None:
+            module.lm_head.load_state_dict(below.lm_head.state_dict())
+        if hand_over and below.auxiliary is not None:
+            for mine, theirs in zip(module.model.layers, below.auxiliary.layers, strict=False):
+                mine.load_state_dict(theirs.state_dict())
 
     # -- the language model --------------------------------------------------------------------------------------
 
@@ -387,19 +412,22 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        # The cache's length is that of the layers in use: independent blocks fill theirs only.
+        cache = None if past_key_values is None else self._cache_of(past_key_values, self.language_blocks(block)[-1])
+        self.check_tokens(input_ids, attention_mask, cache)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        self.check_tokens(input_ids, attention_mask, past_key_values)
-        position_ids = self._positions(hidden, position_ids, past_key_values)
-        hidden = self.language_hidden(
-            hidden, block, past_key_values, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-        )
-        last = self.language_blocks(block)[-1]
+        position_ids = self._positions(hidden, position_ids, cache)
+        items = kwargs.pop("num_items_in_batch", None)  # transformers' trainer: divide the sum of the losses by this
+        kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
+        keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
+        hidden = self.language_hidden(hidden, block, past_key_values, keep=keep, **kwargs)
         kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
         loss = None
         if labels is not None:
             flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            loss = linear_cross_entropy([(flat, self.head_weight(last))], labels[:, 1:].reshape(-1)).mean()
-        logits = linear_logits([(kept, self.head_weight(last))])
+            losses = linear_cross_entropy([(flat, self.language_head(block))], labels[:, 1:].reshape(-1))
+            loss = losses.mean() if items is None else losses.sum() / items
+        logits = linear_logits([(kept, self.language_head(block))])
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def language_blocks(self, block: int | None = None) -> tuple[int, ...]:
@@ -418,29 +446,54 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         return tuple(range(count))
 
     def language_hidden(
-        self, hidden: Tensor, block: int | None, cache: Cache | None, *, attention_mask: Tensor | None, **kwargs: Any
+        self, hidden: Tensor, block: int | None, cache: Cache | None, *, keep: int = 0, **kwargs: Any
     ) -> Float[Tensor, "batch tokens width"]:
-        """The features of the next token's logits: f at sigma_max, normed."""
-        blocks = self.language_blocks(block)
-        if self.config.two_stream and cache is None:
-            cache = DynamicCache(config=self.config)
-        for b in blocks:
-            hidden = self.clean_block(hidden, b, past_key_values=cache, attention_mask=attention_mask, **kwargs)
+        """The features of the next token's logits, before :meth:`language_head`: f at sigma_max, normed.
+
+        Of the last ``keep`` tokens at least; 0 for all.
+        """
+        *lower, last = self.language_blocks(block)
+        seen = 0 if cache is None else int(self._cache_of(cache, last).get_seq_length())
+        for b in lower:
+            hidden = self.clean_block(hidden, b, past_key_values=cache, **kwargs)
+        start = hidden
+        if cache is not None or not self.config.two_stream:
+            hidden = self.clean_block(hidden, last, past_key_values=cache, **kwargs)
         if not self.config.two_stream:
-            return self.block(blocks[-1]).norm(hidden)
+            return self.block(last).norm(hidden)
         # At sigma_max a target carries nothing; one fixed draw of noise stands for all.
         generator = torch.Generator().manual_seed(0)
         sigma = self.partition.edges[0]
         z = sigma * torch.randn(hidden.shape[-1], generator=generator).to(hidden.device).expand(hidden.shape)
         sigma = torch.full(hidden.shape[:2], sigma, device=hidden.device)
-        positions = kwargs["position_ids"].expand(hidden.shape[:2])
-        return self.noisy_targets(z, sigma, blocks[-1], cache, position_ids=positions, attention_mask=attention_mask)
+        places = {
+            "position_ids": kwargs["position_ids"].expand(hidden.shape[:2]),
+            "attention_mask": kwargs["attention_mask"],
+        }
+        if seen or (cache is not None and keep == 1):
+            z, sigma = z[:, -keep:], sigma[:, -keep:]
+            features = self.noisy_targets(z, sigma, last, cache, **places)
+        else:  # a sliding window's cache may have dropped keys that the first targets see; documents may be packed
+            features = self.two_streams(start, z, sigma, last, **places)[1]
+        if self.config.readout == "edm":
+            return self.readout(features, z, sigma, last)[0][0]
+        return features
+
+    def language_head(self, block: int | None = None) -> Float[Tensor, "vocab width"]:
+        """The matrix that turns :meth:`language_hidden` into logits."""
+        return (
+            self.target_table() if self.config.readout == "edm" else self.head_weight(self.language_blocks(block)[-1])
+        )
 
     def _positions(self, like: Tensor, position_ids: Tensor | None, cache: Cache | None = None) -> Tensor:
         if position_ids is not None:
             return position_ids
         seen = cache.get_seq_length() if cache is not None else 0
         return torch.arange(seen, seen + like.shape[1], device=like.device)[None]
+
+    def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Keep ``generate`` from making masks for static caches: the blocks' decoders make their own."""
+        return attention_mask
 
     def check_tokens(
         self, input_ids: Tensor | None, attention_mask: Tensor | None = None, cache: Cache | None = None
@@ -460,7 +513,10 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
 
     def dummy_batch(self, batch_size: int, tokens: int | None = None) -> dict[str, Tensor]:
         tokens = tokens or min(256, self.config.max_position_embeddings)
-        return {"input_ids": torch.zeros(batch_size, tokens, dtype=torch.int64)}
+        batch = {"input_ids": torch.zeros(batch_size, tokens, dtype=torch.int64)}
+        if self.config.context == "cascade":  # what the blocks below give, one of which is resident at a time
+            batch["hidden_states"] = torch.zeros(batch_size, tokens, self.config.hidden_size)
+        return batch
 
     # -- conversion ----------------------------------------------------------------------------------------------
 
@@ -500,10 +556,11 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         with torch.device("meta"):
             model = cls(config)
         model = model.to_empty(device=base.device).to(base.dtype)
-        model.generation_config = base.generation_config
+        model.generation_config = copy.deepcopy(base.generation_config)
         model._init_seed = 0
         model.init_weights()
         copy_weights(base, model)
+        check_same_function(base, model)
         return model.train(base.training)
 
     @classmethod
@@ -518,6 +575,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
+        check_base_settings(base_config)
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(unknown_name("preset", preset, PRESETS))

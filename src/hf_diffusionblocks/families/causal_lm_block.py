@@ -35,13 +35,20 @@ class CausalLMBlock(nn.Module):
             self.logit_scale = nn.Parameter(torch.zeros(()))
 
 
+_OUTPUTS = (("self_attn", "o_proj"), ("mlp", "down_proj"))
+
+
 def _decoder(config: BlockedCausalLMConfig, layers: Sequence[int], attention: str | None) -> PreTrainedModel:
     """transformers' decoder of these layers of the base, without embeddings."""
     base = config.make_base_config(layers)
     base._attn_implementation = attention
     vocab_size, base.vocab_size, padding = base.vocab_size, 1, base.pad_token_id
     base.pad_token_id = None
-    decoder = AutoModel.from_config(base)
+    try:
+        with init.no_init_weights():  # the model initialises each block from a random stream of its own
+            decoder = AutoModel.from_config(base)
+    except ValueError as error:
+        raise ValueError(f"a model of type {base.model_type!r} cannot be cut: {error}") from error
     base.vocab_size, base.pad_token_id = vocab_size, padding
     _check_decoder(decoder)
     decoder.embed_tokens = None
@@ -56,10 +63,12 @@ def _check_decoder(decoder: PreTrainedModel) -> None:
         if getattr(decoder, name, None) is None:
             raise ValueError(f"a model of type {kind!r} cannot be cut: its decoder has no {name!r}. {mend}")
     pieces = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
-    found = {name for name, _ in decoder.layers[0].named_children()}
-    if found != pieces:
-        odd = sorted(found ^ pieces)
-        raise ValueError(f"a model of type {kind!r} cannot be cut: its layers differ from Llama's in {odd}. {mend}")
+    for layer in decoder.layers:
+        own = [name for name, _ in layer.named_parameters(recurse=False)]
+        odd = sorted({name for name, _ in layer.named_children()} ^ pieces) + own
+        odd = odd or [f"{a}.{b}" for a, b in _OUTPUTS if not hasattr(getattr(layer, a), b)]
+        if odd:
+            raise ValueError(f"a model of type {kind!r} cannot be cut: its layers differ from Llama's in {odd}. {mend}")
 
 
 def zero_output_projections(decoder: PreTrainedModel) -> None:

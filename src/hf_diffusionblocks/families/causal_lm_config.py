@@ -1,9 +1,9 @@
 """Config of blocked causal language models."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..configuration import DiffusionBlocksConfig
 from ..suggest import unknown_name
@@ -23,6 +23,12 @@ PRESETS = {
         "noise": {"p_mean": -1.2, "p_std": 1.2},
     }
 }
+
+
+_LEGACY = ("rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
+# Settings that change what flows between the modules of a decoder.
+_OUTSIDE = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "final_logit_softcapping")
+_MEND = "Models built like Llama, Mistral, Qwen2 and Qwen3 can be cut."
 
 
 class BlockedCausalLMConfig(DiffusionBlocksConfig):
@@ -90,9 +96,16 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
                 f"base_config's model_type={model_type!r} is not known to transformers: {error}"
             ) from error
         full = config.to_dict()
-        for name in base_config:
-            if name not in full and not name.startswith("_") and name != "torch_dtype":
-                raise ValueError(unknown_name(f"{model_type} setting", name, full))
+        if "num_hidden_layers" not in full:
+            raise ValueError(
+                f"a model of type {model_type!r} cannot be cut: its config has no num_hidden_layers. {_MEND}"
+            )
+        for name in _OUTSIDE:
+            if full.get(name) not in (None, 1):
+                raise ValueError(
+                    f"a model of type {model_type!r} with {name}={full[name]} cannot be cut: it acts outside the "
+                    f"layers' modules. {_MEND}"
+                )
         dropped = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
         return {k: v for k, v in full.items() if k not in dropped}
 
@@ -101,8 +114,9 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         values = dict(self.base_config)
         if layers is not None:
             values["num_hidden_layers"] = len(layers)
-            if values.get("layer_types"):
-                values["layer_types"] = [values["layer_types"][min(i, self.num_layers - 1)] for i in layers]
+            for name in ("layer_types", "no_rope_layers"):
+                if values.get(name):
+                    values[name] = [values[name][min(i, self.num_layers - 1)] for i in layers]
         return AutoConfig.for_model(**values)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
@@ -147,6 +161,21 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         """Number of auxiliary layers of a block: none in the last block of a cascade, whose output is the model's."""
         last = self.context == "cascade" and block == self.num_blocks - 1
         return 0 if last or self.context == "independent" else self.auxiliary_layers
+
+
+def check_base_settings(base_config: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for a misspelt setting in a base's config that was written by hand.
+
+    transformers itself takes any name, and a published ``config.json`` may hold names that its class does not know.
+    """
+    model_type = base_config.get("model_type")
+    if model_type not in CONFIG_MAPPING or "transformers_version" in base_config:
+        return
+    known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, *_LEGACY}
+    known = {name for name in known if not name.startswith("_")}
+    for name in base_config:
+        if name not in known and not name.startswith("_"):
+            raise ValueError(unknown_name(f"{model_type} setting", name, known))
 
 
 def config_fields() -> frozenset[str]:

@@ -1,8 +1,10 @@
 """Weights from a transformers decoder to a blocked one, and back."""
 
+import copy
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 if TYPE_CHECKING:
@@ -33,6 +35,31 @@ def copy_weights(base: PreTrainedModel, model: "BlockedForCausalLM") -> None:
             module.lm_head.weight.copy_(head.weight)
 
 
+@torch.no_grad()
+def check_same_function(base: PreTrainedModel, model: "BlockedForCausalLM") -> None:
+    """Raise a ``ValueError`` if the chain of blocks gives other logits than the base, on a few tokens.
+
+    A decoder may do more than its layers show: scale its embeddings or its logits, or tell its layers by their number.
+    """
+    if base.device.type == "meta":
+        return
+    training = base.training
+    base.eval()
+    model.eval()
+    tokens = torch.arange(min(4, model.config.vocab_size), device=base.device)[None]
+    hidden = model.embed_tokens(tokens)
+    for b in range(model.partition.num_blocks):
+        hidden = model.clean_block(hidden, b)
+    mine = nn.functional.linear(model.block(b).norm(hidden), model.head_weight(b)).float()
+    theirs = base(input_ids=tokens, use_cache=False).logits.float()
+    base.train(training)
+    if not torch.allclose(mine, theirs, rtol=0, atol=1e-2 * float(theirs.abs().max()), equal_nan=True):
+        raise ValueError(
+            f"{type(base).__name__} cannot be cut: its layers one after the other do not give its logits. Models built "
+            "like Llama, Mistral, Qwen2 and Qwen3 can be cut."
+        )
+
+
 def decoder_of(model: "BlockedForCausalLM") -> PreTrainedModel:
     """The transformers causal language model whose layers a cascade's blocks hold; see ``to_base``."""
     if model.config.two_stream or (model.config.context != "cascade" and model.partition.num_blocks > 1):
@@ -57,5 +84,5 @@ def decoder_of(model: "BlockedForCausalLM") -> PreTrainedModel:
         base.base_model.norm.load_state_dict(module.norm.state_dict())
         if module.lm_head is not None:
             base.get_output_embeddings().weight.copy_(module.lm_head.weight)
-    base.generation_config = model.generation_config
+    base.generation_config = copy.deepcopy(model.generation_config)
     return base.train(model.training)

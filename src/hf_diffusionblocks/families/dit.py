@@ -163,6 +163,14 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             "class_labels": torch.zeros(batch_size, dtype=torch.int64),
         }
 
+    def check_batch(self, batch: dict[str, Tensor]) -> None:
+        if "pixel_values" not in batch or "class_labels" not in batch:
+            raise ValueError(
+                f"a batch holds {sorted(batch)}; the trainer needs 'pixel_values' and 'class_labels'. "
+                "Load it with load_image_dataset(image_column=…, label_column=…) or rename its columns."
+            )
+        self.check_input(batch["pixel_values"], class_labels=batch["class_labels"])
+
     def check_input(self, z: Tensor, class_labels: Tensor | None = None) -> None:
         """Raise a ``ValueError`` for images of another shape than the model's or labels out of range."""
         wanted = (self.config.in_channels, self.config.sample_size, self.config.sample_size)

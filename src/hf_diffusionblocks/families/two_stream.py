@@ -93,19 +93,19 @@ class _Append:
         return torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
 
 
-def attention_mask_for(layer: nn.Module, mask: Bool[Tensor, "..."] | None, dtype: torch.dtype) -> Tensor | None:
-    """A mask as the layer's attention implementation takes it.
+def attention_mask_for(layer: nn.Module, mask: Bool[Tensor, "..."] | None, hidden: Tensor) -> Tensor | None:
+    """A mask (None for plain causal attention) as the layer's attention implementation takes it.
 
     Raises:
         ValueError: for an implementation that takes no mask.
     """
     kind = layer.self_attn.config._attn_implementation
-    if mask is None and kind != "eager":
-        return None
     if kind == "sdpa":
         return mask
     if kind == "eager":
-        return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        if mask is None:  # eager attention without a mask sees everything
+            mask = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=hidden.device).tril()
+        return torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
     raise ValueError(
         f"attn_implementation={kind!r} cannot run two streams of clean tokens and noisy targets: use 'sdpa' or "
         "'eager', or readout='clean', which has one stream."
@@ -156,13 +156,15 @@ def two_stream_layer(
 ) -> tuple[Tensor, Tensor]:
     """A layer of the base on the clean tokens, then on the noisy targets, which attend to the clean tokens' keys."""
     record = _Record()
-    # forward, not __call__: transformers' own checkpointing would drop the record. Checkpoint this function instead.
-    clean = layer.forward(
-        clean,
-        attention_mask=attention_mask_for(layer, masks.clean, clean.dtype),
+    # Not layer(...): transformers' own checkpointing would drop the record. Checkpoint this function instead.
+    x = layer.self_attn(
+        hidden_states=layer.input_layernorm(clean),
+        attention_mask=attention_mask_for(layer, masks.clean, clean),
         position_embeddings=clean_positions,
         past_key_values=record,
-    )
-    mask = attention_mask_for(layer, masks.noisy, noisy.dtype)
+    )[0]
+    clean = clean + x
+    clean = clean + layer.mlp(layer.post_attention_layernorm(clean))
+    mask = attention_mask_for(layer, masks.noisy, noisy)
     noisy = noisy_layer(layer, noisy, modulation, record.keys, record.values, mask, noisy_positions)
     return clean, noisy

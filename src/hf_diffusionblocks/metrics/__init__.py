@@ -1,4 +1,4 @@
-"""Metrics for generated samples. Each is an `evaluate.Metric` that works offline; none of them takes a model.
+"""Metrics for generated samples. Each is an `evaluate.Metric` that works offline; none takes the model that made them.
 
 The names below are imported when first used: `evaluate`, `torchmetrics` and scikit-learn take seconds to import, and
 whoever needs only one of these names should not wait for the rest.
@@ -9,14 +9,20 @@ from typing import Any
 
 _HOMES = {
     "ClassAgreement": "image",
-    "FrechetDistance": "image",
-    "KernelDistance": "image",
-    "PrecisionRecall": "image",
     "ClassifierFeatures": "features",
+    "DistinctN": "text",
     "FeatureNetwork": "features",
     "FeatureStatistics": "statistics",
+    "FrechetDistance": "image",
+    "GenerativePerplexity": "perplexity",
     "InceptionFeatures": "features",
+    "KernelDistance": "image",
+    "Mauve": "mauve",
     "ModuleFeatures": "features",
+    "PrecisionRecall": "image",
+    "Repetition": "text",
+    "SelfBLEU": "text",
+    "TextFeatures": "mauve",
     "feature_statistics": "statistics",
     "prefer_inception": "features",
     "train_classifier": "features",

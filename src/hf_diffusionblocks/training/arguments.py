@@ -10,6 +10,9 @@ from transformers import SchedulerType, get_scheduler
 
 from ..suggest import unknown_name
 
+ORDERS = ("simultaneous", "sequential")
+LOWER_OUTPUTS = ("recompute", "disk")
+TRAIN_SHARED = ("first", "all", "none")
 BLOCK_ORDERS = ("random", "round_robin", "sequential")
 MIXED_PRECISIONS = ("no", "bf16")
 # Those of transformers that depend on the number of updates alone, not on a measured loss.
@@ -31,6 +34,24 @@ class DiffusionBlocksTrainingArguments:
     max_steps: int = field(default=-1, metadata={"help": "updates of each block; -1: from num_train_epochs"})
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes of each block over the data"})
     blocks: list[int] | None = field(default=None, metadata={"help": "train these blocks only; default all resident"})
+    order: str | None = field(
+        default=None,
+        metadata={
+            "help": f"{' or '.join(ORDERS)}: train the blocks side by side, or one after the other, each on what the "
+            "trained blocks below it give; default: sequential for a cascade, else simultaneous"
+        },
+    )
+    hand_over: bool = field(
+        default=False, metadata={"help": "sequential: a block's auxiliary layers become the next block's first layers"}
+    )
+    lower_outputs: str = field(
+        default="recompute",
+        metadata={"help": f"cascade: what lower blocks give is one of {', '.join(LOWER_OUTPUTS)} (computed once)"},
+    )
+    train_shared: str = field(
+        default="first",
+        metadata={"help": f"what blocks share (token embeddings) trains with: {', '.join(TRAIN_SHARED)} block(s)"},
+    )
     block_order: str = field(default="random", metadata={"help": f"which block steps next: {', '.join(BLOCK_ORDERS)}"})
     steps_per_visit: int = field(default=1, metadata={"help": "consecutive updates of a block per visit"})
     per_device_train_batch_size: int = field(default=128, metadata={"help": "samples per forward pass"})
@@ -53,6 +74,9 @@ class DiffusionBlocksTrainingArguments:
     mixed_precision: str = field(default="no", metadata={"help": f"autocast: {', '.join(MIXED_PRECISIONS)}"})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "recompute activations inside a block"})
     torch_compile: bool = field(default=False, metadata={"help": "compile each block"})
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "language models: pull towards the base's hidden state"}
+    )
     distillation_weight: float = field(default=0.0, metadata={"help": "share of the loss against a frozen base"})
     horizontal_flip: bool = field(default=False, metadata={"help": "mirror images at random"})
     seed: int = field(default=0, metadata={"help": "of everything random"})
@@ -99,6 +123,9 @@ class DiffusionBlocksTrainingArguments:
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit={self.save_total_limit} must be at least 1, or None to keep all.")
         for name, allowed in (
+            ("order", (None, *ORDERS)),
+            ("lower_outputs", LOWER_OUTPUTS),
+            ("train_shared", TRAIN_SHARED),
             ("block_order", BLOCK_ORDERS),
             ("mixed_precision", MIXED_PRECISIONS),
             ("lr_scheduler_type", LR_SCHEDULES),

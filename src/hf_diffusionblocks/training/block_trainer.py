@@ -32,10 +32,13 @@ class BlockTrainer:
         args: DiffusionBlocksTrainingArguments,
         accelerator: Accelerator,
         num_updates: int,
+        shared: bool = False,
     ):
         self.model, self.block, self.objective = model, block, objective
         self.dataset, self.args, self.accelerator = dataset, args, accelerator
         named = [(n, p) for n, p in model.block_parameters(block) if p.requires_grad]
+        if shared and named:
+            named += [(n, p) for n, p in model.shared_parameters() if p.requires_grad]
         if not named:
             raise ValueError(f"block {block} has no parameter to train: all are frozen.")
         self.names = [name for name, _ in named]
@@ -54,6 +57,11 @@ class BlockTrainer:
         self.ema = self._make_ema() if args.use_ema else None
         self.updates = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
+
+    def restart_average(self) -> None:
+        """Begin the moving average anew, after the weights were set from outside."""
+        if self.ema is not None:
+            self.ema = self._make_ema()
 
     def _make_ema(self) -> EMAModel:
         return EMAModel(

@@ -147,6 +147,8 @@ def load_checkpoint(
             f"{checkpoint} belongs to a run that trains blocks {saved}; this one trains {sorted(trainers)}. "
             "Train the same blocks to resume, or use another output_dir."
         )
+    shared = serialization.read_tensors(checkpoint / serialization.SHARED_NAME)
+    model.load_state_dict(shared, strict=False)
     for block, trainer in trainers.items():
         weights = serialization.read_tensors(checkpoint / serialization.block_file(block))
         prefix = f"blocks.{block}."

@@ -1,7 +1,6 @@
 """The loop over block trainers: which block steps next, logs, held-out figures, checkpoints, resuming."""
 
 import contextlib
-import hashlib
 import json
 import os
 import signal
@@ -17,14 +16,16 @@ from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
-from ..objectives import DenoisingScoreMatching, HeldOutLoss, held_out_loss
+from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
+from .block_order import block_schedule
 from .block_trainer import BlockTrainer, Objective
+from .cascade import check_job, lower_outputs
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
-from .data_stream import derive_seed, fetch
+from .data_stream import data_fingerprint, fetch
 from .run_files import EVALUATIONS_NAME, UPDATES_NAME, set_aside, truncate_log
 
 
@@ -44,7 +45,8 @@ class DiffusionBlocksTrainer:
         train_dataset: ``len()`` and ``dataset[list of indices]`` giving ``pixel_values`` [n, channels, height, width]
             in [-1, 1] and ``class_labels`` [n].
         eval_dataset: held-out data of the same form.
-        objective: ``objective(model, block, batch, generator)``; :class:`DenoisingScoreMatching` by default.
+        objective: ``objective(model, block, batch, generator)``; the family's own by default
+            (:func:`~hf_diffusionblocks.objectives.default_objective`).
         teacher: frozen base for ``args.distillation_weight``.
         callbacks: transformers ``TrainerCallback``; they get ``model``, ``trainer`` and the log as keyword arguments.
 
@@ -65,7 +67,7 @@ class DiffusionBlocksTrainer:
         eval_dataset: Any | None = None,
         *,
         objective: Objective | None = None,
-        teacher: BlockedPreTrainedModel | None = None,
+        teacher: PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
@@ -84,7 +86,13 @@ class DiffusionBlocksTrainer:
         self.model = model.to(self.accelerator.device)
         if teacher is not None:
             teacher.to(self.accelerator.device)
-        self.objective = objective or DenoisingScoreMatching(teacher, args.distillation_weight, args.horizontal_flip)
+        self.objective = objective or default_objective(
+            model.config,
+            teacher=teacher,
+            distillation_weight=args.distillation_weight,
+            hidden_weight=args.hidden_weight,
+            horizontal_flip=args.horizontal_flip,
+        )
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
         if not self.blocks:
             raise ValueError("blocks=[] trains nothing: name at least one block, or None for all that are loaded.")
@@ -94,12 +102,25 @@ class DiffusionBlocksTrainer:
         if eval_dataset is not None:
             self._check_dataset(eval_dataset, "held-out")
         self.num_updates = args.updates_per_block(len(train_dataset))
+        cascade = getattr(model.config, "context", "independent") == "cascade"
+        self.sequential = (args.order or ("sequential" if cascade else "simultaneous")) == "sequential"
+        check_job(model, self.blocks, args, self.sequential)
         self._prepare_model()
         self.trainers = {
-            block: BlockTrainer(model, block, self.objective, train_dataset, args, self.accelerator, self.num_updates)
+            block: BlockTrainer(
+                model,
+                block,
+                self.objective,
+                train_dataset,
+                args,
+                self.accelerator,
+                self.num_updates,
+                shared=args.train_shared == "all" or (args.train_shared == "first" and block == 0),
+            )
             for block in self.blocks
         }
-        self.schedule = block_schedule(self.blocks, self.num_updates, args)
+        self.schedule = block_schedule(self.blocks, self.num_updates, args, self.sequential)
+        self._prepared: int | None = None
         self.iteration = 0
         self.control = TrainerControl()
         self.state = TrainerState(max_steps=len(self.schedule), is_world_process_zero=True)
@@ -121,14 +142,13 @@ class DiffusionBlocksTrainer:
         if len(dataset) == 0:
             raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
         batch = fetch(dataset, list(range(min(4, len(dataset)))))
-        if not isinstance(batch, dict) or "pixel_values" not in batch or "class_labels" not in batch:
-            names = sorted(batch) if isinstance(batch, dict) else type(batch).__name__
+        if not isinstance(batch, dict):
             raise ValueError(
-                f"a batch of the {what} data set holds {names}; the trainer needs 'pixel_values' and 'class_labels'. "
-                "Load it with load_image_dataset(image_column=…, label_column=…) or rename its columns."
+                f"the {what} data set does not fit the model: a batch holds {type(batch).__name__}; "
+                "give a dict of tensors."
             )
         try:
-            self.model.check_input(batch["pixel_values"], class_labels=batch["class_labels"])
+            self.model.check_batch(batch)
         except ValueError as error:
             raise ValueError(f"the {what} data set does not fit the model: {error}") from error
 
@@ -194,6 +214,8 @@ class DiffusionBlocksTrainer:
     def _iterate(self, bar: tqdm) -> None:
         args = self.args
         block = self.schedule[self.iteration]
+        if block != self._prepared:
+            self._prepare_block(block)
         self._pending.append(self.trainers[block].step())
         self.iteration += 1
         self.state.global_step = self.iteration
@@ -211,6 +233,22 @@ class DiffusionBlocksTrainer:
         if save or self.control.should_save:
             self._save_checkpoint()
         self.control.should_save = self.control.should_evaluate = False
+
+    def _prepare_block(self, block: int) -> None:
+        """Before the first update of a block, and before its next one after others were trained or the run resumed."""
+        self._prepared = block
+        if not self.sequential:
+            return
+        if self.trainers[block].updates == 0:
+            for lower, trainer in self.trainers.items():  # what is built upon is what will be saved
+                if lower < block and trainer.ema is not None:
+                    trainer.ema.copy_to(trainer.parameters)
+            self.model.begin_block(block, self.args.hand_over)
+            self.trainers[block].restart_average()
+        if self.args.lower_outputs == "disk" and block > 0:
+            self.trainers[block].dataset = lower_outputs(
+                self.model, block, self.train_dataset, self.output_dir / "lower-outputs", self.args.disable_tqdm
+            )
 
     def _notify(self, event: str, **values: Any) -> None:
         for callback in self.callbacks:
@@ -300,7 +338,8 @@ class DiffusionBlocksTrainer:
         if dataset is None:
             raise ValueError("no held-out data: give eval_dataset to the trainer or a data set to evaluate().")
         with self.averaged_weights():
-            result = held_out_loss(
+            held_out = getattr(self.objective, "held_out", held_out_loss)
+            result = held_out(
                 self.model, dataset, num_draws=num_draws, max_samples=self.args.eval_samples, seed=self.args.seed
             )
         values = {"eval_loss": result.total}
@@ -332,6 +371,9 @@ class DiffusionBlocksTrainer:
     def save_model(self, output_dir: str | os.PathLike | None = None) -> Path:
         """Save the averaged weights (the trained ones without an average) in the layout of ``from_pretrained``."""
         target = Path(output_dir) if output_dir is not None else self.output_dir / "model"
+        if hasattr(self.model.config, "trained_blocks"):
+            done = [block for block, trainer in self.trainers.items() if trainer.updates >= self.num_updates]
+            self.model.config.trained_blocks = sorted({*self.model.config.trained_blocks, *done})
         with self.averaged_weights():
             self.model.save_pretrained(target)
         return target
@@ -343,10 +385,10 @@ class DiffusionBlocksTrainer:
         config = {
             k: v
             for k, v in config.items()
-            if k not in ("transformers_version", "_name_or_path", "architectures", "dtype")
+            if k not in ("transformers_version", "_name_or_path", "architectures", "dtype", "trained_blocks")
         }
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
-        data = {"num_samples": len(self.train_dataset), "fingerprint": _data_fingerprint(self.train_dataset)}
+        data = {"num_samples": len(self.train_dataset), "fingerprint": data_fingerprint(self.train_dataset)}
         return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
 
     def _save_checkpoint(self) -> None:
@@ -372,37 +414,6 @@ class DiffusionBlocksTrainer:
         self.iteration = self.state.global_step = state["iteration"]
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
             truncate_log(self.output_dir / name, self.iteration)
-
-
-def block_schedule(blocks: list[int], num_updates: int, args: DiffusionBlocksTrainingArguments) -> list[int]:
-    """The block of each iteration: every block gets exactly ``num_updates`` (arXiv 2506.14202, Alg. 1 draws b).
-
-    ``random`` shuffles the visits, ``round_robin`` takes turns, ``sequential`` finishes block after block; a visit
-    lasts ``args.steps_per_visit`` updates (the last one of a block may be shorter).
-    """
-    whole, rest = divmod(num_updates, args.steps_per_visit)
-    visits = [args.steps_per_visit] * whole + [rest] * bool(rest)
-    plan = [(block, length) for length in visits for block in blocks]
-    if args.block_order == "sequential":
-        plan = [(block, length) for block in blocks for length in visits]
-    elif args.block_order == "random":
-        generator = torch.Generator().manual_seed(derive_seed(args.seed, "block order"))
-        plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
-    return [block for block, length in plan for _ in range(length)]
-
-
-def _data_fingerprint(dataset: Any) -> str:
-    """A data set's own fingerprint; otherwise a hash of its samples, of 1024 evenly spread ones if there are more."""
-    own = getattr(dataset, "fingerprint", None) or getattr(dataset, "_fingerprint", None)
-    if isinstance(own, str):
-        return own
-    digest = hashlib.sha256()
-    rows = torch.linspace(0, len(dataset) - 1, min(len(dataset), 1024)).round().long().tolist()
-    for start in range(0, len(rows), 64):
-        batch = fetch(dataset, rows[start : start + 64])
-        for name in ("pixel_values", "class_labels"):
-            digest.update(batch[name].detach().cpu().double().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _flat(values: dict[str, Any]) -> dict[str, Any]:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from hf_diffusionblocks import data
 from hf_diffusionblocks.data import ImageDataset, cache_latents, load_image_dataset
+from hf_diffusionblocks.data import images as data
 
 NAMES = ["cat", "dog", "owl"]
 

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .serialization import atomic_write
-from .suggest import unknown_name
+from ..serialization import atomic_write
+from ..suggest import unknown_name
+from .indexing import row_index
 
 KNOWN_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_CLASSES = (
@@ -122,7 +123,7 @@ class ImageDataset(Dataset):
 
     def select(self, indices: Iterable[int]) -> "ImageDataset":
         """The data set of these rows, in this order, with the same classes."""
-        index = _row_index(indices)
+        index = row_index(indices)
         return ImageDataset(
             self.images[index], self.labels[index], self.class_names, scaling_factor=self.scaling_factor
         )
@@ -131,7 +132,7 @@ class ImageDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: Any) -> dict[str, Tensor]:
-        index = _row_index(index)
+        index = row_index(index)
         images = self.images[index]
         # A new tensor in every case: in-place work on a batch must not reach the stored images.
         pixels = images.float() * self.scaling_factor if self.is_latent else images.float().div_(127.5).sub_(1.0)
@@ -344,16 +345,6 @@ def cache_latents(
             bar.update(len(rows))
     bar.close()
     return output_dir
-
-
-def _row_index(index: Any) -> Any:
-    """int, slice, or int64 tensor of rows."""
-    if isinstance(index, (numbers.Integral, slice)):
-        return index
-    index = torch.as_tensor(index if isinstance(index, (Tensor, np.ndarray)) else list(index))
-    if index.dtype.is_floating_point and len(index):
-        raise ValueError(f"row indices must be integers, not {index.dtype}.")
-    return index.nonzero().flatten() if index.dtype == torch.bool else index.long()
 
 
 def _class_labels(labels: Any) -> Tensor:

@@ -1,30 +1,14 @@
-"""Training objectives: what one update of one block minimises."""
+"""Denoising score matching on a block's noise range, and the held-out loss that ranks models."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .modeling import BlockedPreTrainedModel
-
-
-@dataclass
-class ObjectiveResult:
-    """What an objective returns.
-
-    Attributes:
-        loss: scalar to differentiate.
-        sigma: noise levels that were drawn, [batch].
-        per_sample: weighted loss of each sample against the data, [batch], detached.
-        parts: detached scalars for the log.
-    """
-
-    loss: Float[Tensor, ""]
-    sigma: Float[Tensor, "batch"]
-    per_sample: Float[Tensor, "batch"]
-    parts: dict[str, Tensor] = field(default_factory=dict)
+from ..modeling import BlockedPreTrainedModel
+from .result import HeldOutLoss, ObjectiveResult
 
 
 def weighted_error(
@@ -110,6 +94,10 @@ class DenoisingScoreMatching:
             loss = (1 - self.distillation_weight) * loss + self.distillation_weight * distilled
         return ObjectiveResult(loss, sigma, data.detach(), parts)
 
+    def held_out(self, model: BlockedPreTrainedModel, dataset: Any, **settings: Any) -> HeldOutLoss:
+        """:func:`held_out_loss`."""
+        return held_out_loss(model, dataset, **settings)
+
 
 def _uniform(n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
     return torch.rand(n, generator=generator, device="cpu").to(device)
@@ -133,25 +121,6 @@ def denoise_routed(
         part = {name: value[chosen] for name, value in conditioning.items()}
         output[chosen] = model.denoise(z[chosen], sigma[chosen], block=block, **part)
     return output
-
-
-@dataclass
-class HeldOutLoss:
-    """Denoising loss on held-out data, over all noise levels and per range.
-
-    Attributes:
-        total: mean weighted loss under the training distribution of noise levels.
-        per_range: the same within each range of ``edges``, highest noise first.
-        edges: descending noise levels that bound the ranges.
-        num_samples: number of (image, noise level, noise) draws.
-        standard_error: of ``total``, over the draws.
-    """
-
-    total: float
-    per_range: list[float]
-    edges: list[float]
-    num_samples: int
-    standard_error: float
 
 
 @torch.no_grad()

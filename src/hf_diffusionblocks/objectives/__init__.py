@@ -1,0 +1,38 @@
+"""Training objectives: what one update of one block minimises."""
+
+from typing import Any
+
+from ..configuration import DiffusionBlocksConfig
+from ..families.causal_lm_config import BlockedCausalLMConfig
+from .next_token import NextTokenPrediction
+from .result import HeldOutLoss, ObjectiveResult
+from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_loss, weighted_error
+
+
+def default_objective(config: DiffusionBlocksConfig, **settings: Any) -> DenoisingScoreMatching | NextTokenPrediction:
+    """The objective of a family: :class:`NextTokenPrediction` for language models, else denoising score matching.
+
+    Args:
+        config: the model's.
+        **settings: of the objective; those that it does not know are left out if they are not set.
+    """
+    kind = NextTokenPrediction if isinstance(config, BlockedCausalLMConfig) else DenoisingScoreMatching
+    known = kind.__dataclass_fields__
+    for name, value in settings.items():
+        if name not in known and value:
+            raise ValueError(
+                f"{name}={value!r} has no meaning for {config.model_type}: it is trained by {kind.__name__}."
+            )
+    return kind(**{name: value for name, value in settings.items() if name in known})
+
+
+__all__ = [
+    "DenoisingScoreMatching",
+    "HeldOutLoss",
+    "NextTokenPrediction",
+    "ObjectiveResult",
+    "default_objective",
+    "denoise_routed",
+    "held_out_loss",
+    "weighted_error",
+]

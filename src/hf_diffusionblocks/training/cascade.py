@@ -1,0 +1,138 @@
+"""Blocks that build on each other: which may train, and what the lower ones give, computed once and kept on disk."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .. import serialization
+from ..modeling import BlockedPreTrainedModel
+from .arguments import DiffusionBlocksTrainingArguments
+from .data_stream import fetch
+
+_ROWS = 16  # rows per forward pass
+
+
+def check_job(
+    model: BlockedPreTrainedModel, blocks: list[int], args: DiffusionBlocksTrainingArguments, sequential: bool
+) -> None:
+    """Raise a ``ValueError`` for a job that cannot train what it was given.
+
+    A block of a cascade needs trained blocks below it, or ones that train at the same time; what all blocks share can
+    only train where it does not change under other jobs.
+    """
+    config = model.config
+    count = config.num_blocks
+    shared = next(model.shared_parameters(), None) is not None
+    alone = set(blocks) != set(range(count))
+    if shared and alone and args.train_shared == "all":
+        raise ValueError(
+            f"train_shared='all' in a job that trains blocks {blocks} of {count}: the token embeddings would change "
+            "under the other jobs. Use train_shared='none', or 'first' with order='sequential'."
+        )
+    cascade = getattr(config, "context", "independent") == "cascade"
+    if shared and alone and not cascade and args.train_shared == "first" and 0 in blocks:
+        raise ValueError(
+            f"train_shared='first' in a job that trains blocks {blocks} of {count} with independent blocks: the token "
+            "embeddings would change under the other jobs. Use train_shared='none'."
+        )
+    if not cascade:
+        if args.lower_outputs == "disk":
+            raise ValueError("lower_outputs='disk' is for a cascade: independent blocks have no blocks below them.")
+        return
+    if args.lower_outputs == "disk" and not sequential:
+        raise ValueError("lower_outputs='disk' needs order='sequential': side by side, the lower blocks still change.")
+    if config.pretrained:
+        return
+    ready = {*config.trained_blocks, *blocks}
+    for block in blocks:
+        missing = [b for b in range(block) if b not in ready]
+        if missing:
+            raise ValueError(
+                f"block {block} of a cascade reads what blocks {list(range(block))} give, and {missing} have not been "
+                f"trained. Train them first, or in the same run: blocks={missing + [block]}."
+            )
+
+
+class WithLowerOutputs(Dataset):
+    """A data set whose batches also hold ``hidden_states``, read from a file."""
+
+    def __init__(self, dataset: Any, path: Path, shape: tuple[int, int, int]):
+        self.dataset, self.path, self.shape = dataset, path, shape
+        self._rows = np.memmap(path, dtype=np.uint16, mode="r", shape=shape)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, indices: list[int]) -> dict[str, Tensor]:
+        values = torch.from_numpy(self._rows[indices].astype(np.int32)).to(torch.int16).view(torch.bfloat16)
+        return fetch(self.dataset, indices) | {"hidden_states": values.float()}
+
+
+@torch.no_grad()
+def lower_outputs(
+    model: BlockedPreTrainedModel, block: int, dataset: Any, folder: Path, quiet: bool = False
+) -> WithLowerOutputs:
+    """The data set with what the blocks below give, computed once (bfloat16, 2 x rows x tokens x width bytes).
+
+    The file is written beside its final name and renamed; it is used again as long as the weights below and the data
+    are the same. Files of lower blocks are removed.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokens = fetch(dataset, [0])["input_ids"].shape[1]
+    shape = (len(dataset), tokens, model.config.hidden_size)
+    path, note = folder / f"block-{block:02d}.bin", folder / f"block-{block:02d}.json"
+    identity = {"shape": list(shape), "weights": _digest(model, block), "data": getattr(dataset, "fingerprint", None)}
+    if path.is_file() and note.is_file() and json.loads(note.read_text()) == identity:
+        return WithLowerOutputs(dataset, path, shape)
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    temporary = folder / f".block-{block:02d}.writing"
+    with open(temporary, "wb") as file:  # reserve it: writing to a map on a full disk would kill the process
+        try:
+            os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(shape)))
+        except OSError as error:
+            temporary.unlink()
+            raise OSError(
+                f"{2 * int(np.prod(shape)):,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
+                "disk space, or use lower_outputs='recompute'."
+            ) from error
+    rows = np.memmap(temporary, dtype=np.uint16, mode="r+", shape=shape)
+    starts = range(0, len(dataset), _ROWS)
+    for start in tqdm(starts, desc=f"outputs below block {block}", unit="batch", disable=quiet):
+        indices = list(range(start, min(start + _ROWS, len(dataset))))
+        batch = {k: v.to(device) for k, v in fetch(dataset, indices).items()}
+        places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+        hidden = model.context_of(block, batch["input_ids"], **places)
+        rows[indices] = hidden.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
+    rows.flush()
+    del rows
+    os.replace(temporary, path)
+    serialization.write_json(note, identity)
+    for lower in range(block):
+        for name in (f"block-{lower:02d}.json", f"block-{lower:02d}.bin"):
+            (folder / name).unlink(missing_ok=True)
+    model.train(training)
+    return WithLowerOutputs(dataset, path, shape)
+
+
+def _digest(model: BlockedPreTrainedModel, block: int) -> str:
+    """A hash of all weights that the outputs depend on."""
+    digest = hashlib.sha256()
+    named = [*model.shared_parameters()]
+    for lower in range(block):
+        named += [(n, p) for n, p in model.block_parameters(lower) if ".auxiliary." not in n]
+    for name, parameter in named:
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

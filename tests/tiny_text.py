@@ -1,0 +1,93 @@
+"""Tiny language models for the tests: one of each kind of decoder that can be cut, and tokens for them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import AutoConfig
+
+from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
+from tiny import perturbed
+
+VOCAB_SIZE = 40
+WIDTH = 16
+WINDOW = 4
+SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SHAPE = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,  # grouped keys and values in all of them
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": 64,
+    **SPECIAL,
+}
+# What each adds. Qwen2's first three layers see everything, its last three a window: with three blocks, one is mixed.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "llama-tied-biases": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "mistral-window": {"model_type": "mistral", "sliding_window": WINDOW, "head_dim": 4},
+    "qwen2-mixed-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 3,
+    },
+    "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
+}
+
+
+def base_config(architecture: str = "llama", num_layers: int = 6, **settings: Any) -> dict[str, Any]:
+    """The config of a decoder of width 16 with 6 layers, 40 tokens and 64 positions, as a mapping."""
+    return SHAPE | ARCHITECTURES[architecture] | {"num_hidden_layers": num_layers} | settings
+
+
+def base_lm(
+    architecture: str = "llama", num_layers: int = 6, *, seed: int = 0, attention: str = "sdpa", **settings: Any
+) -> PreTrainedModel:
+    """A transformers model with random weights; norms and biases are random too."""
+    config = AutoConfig.for_model(**base_config(architecture, num_layers, **settings))
+    config._attn_implementation = attention
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+    return perturbed(model, 0.2, seed).eval()
+
+
+def blocked_lm(
+    architecture: str = "llama",
+    num_blocks: int = 3,
+    *,
+    num_layers: int = 6,
+    seed: int = 0,
+    attention: str = "sdpa",
+    perturbation: float = 0.1,
+    **settings: Any,
+) -> BlockedForCausalLM:
+    """A blocked language model cut from :func:`base_lm`, in which nothing is zero-initialised any more."""
+    base = base_lm(architecture, num_layers, seed=seed, attention=attention)
+    return perturbed(BlockedForCausalLM.from_base(base, num_blocks, **settings), perturbation, seed).eval()
+
+
+def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
+    """Ordinary tokens, [batch, length]: none of the special ones."""
+    return torch.randint(3, VOCAB_SIZE, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def packed_positions(length: int = 12, *starts: int, batch: int = 2) -> Tensor:
+    """Positions that restart at 0 where documents start, [batch, length]."""
+    index = torch.arange(length)
+    first = torch.tensor([max(s for s in (0, *starts) if s <= i) for i in range(length)])
+    return (index - first).expand(batch, length)
+
+
+def left_padding(length: int = 12, *padded: int) -> dict[str, Tensor]:
+    """Attention mask and positions of rows with so many padding tokens before them, each [rows, length]."""
+    mask = (torch.arange(length) >= torch.tensor(padded)[:, None]).long()
+    return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
