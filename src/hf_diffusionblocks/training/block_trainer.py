@@ -1,5 +1,6 @@
 """The trainer of one block. It knows nothing of other blocks: stepping several is a loop over such trainers."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,18 @@ from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import SampleOrder, batches, derive_seed
 
 Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
+
+
+@contextlib.contextmanager
+def _frozen(parameters: list[Tensor]) -> Iterator[None]:
+    """What other blocks train collects no gradient in this one's step: they would add it to their own."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class BlockTrainer:
@@ -43,6 +56,8 @@ class BlockTrainer:
             raise ValueError(f"block {block} has no parameter to train: all are frozen.")
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
+        own = set(self.names)
+        self._foreign = [p for n, p in model.shared_parameters() if n not in own and p.requires_grad]
         decayed = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -102,7 +117,7 @@ class BlockTrainer:
         generator = torch.Generator().manual_seed(seed)
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         total, parts, sigmas = None, {}, []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _frozen(self._foreign):
             torch.manual_seed(seed)  # dropout inside the layers
             for _ in range(args.gradient_accumulation_steps):
                 batch = self._next_batch()

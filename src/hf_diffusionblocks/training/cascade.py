@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .. import serialization
 from ..modeling import BlockedPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
-from .data_stream import fetch
+from .data_stream import data_fingerprint, fetch
 
 _ROWS = 16  # rows per forward pass
 
@@ -92,7 +92,7 @@ def lower_outputs(
     tokens = fetch(dataset, [0])["input_ids"].shape[1]
     shape = (len(dataset), tokens, model.config.hidden_size)
     path, note = folder / f"block-{block:02d}.bin", folder / f"block-{block:02d}.json"
-    identity = {"shape": list(shape), "weights": _digest(model, block), "data": getattr(dataset, "fingerprint", None)}
+    identity = {"shape": list(shape), "weights": _digest(model, block), "data": data_fingerprint(dataset)}
     if path.is_file() and note.is_file() and json.loads(note.read_text()) == identity:
         return WithLowerOutputs(dataset, path, shape)
     training, device = model.training, next(model.parameters()).device
@@ -117,6 +117,7 @@ def lower_outputs(
         rows[indices] = hidden.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
     rows.flush()
     del rows
+    note.unlink(missing_ok=True)  # a note never describes another file, whenever the process is killed
     os.replace(temporary, path)
     serialization.write_json(note, identity)
     for lower in range(block):

@@ -329,7 +329,7 @@ class DiffusionBlocksTrainer:
         try:
             yield
         finally:
-            for trainer in averages:
+            for trainer in reversed(averages):  # shared parameters may be in several
                 trainer.ema.restore(trainer.parameters)
 
     def evaluate(self, dataset: Any | None = None, num_draws: int = 1) -> HeldOutLoss:
@@ -412,6 +412,7 @@ class DiffusionBlocksTrainer:
         check_identity(state["identity"], self.identity, checkpoint)
         load_checkpoint(checkpoint, state, self.model, self.trainers)
         self.iteration = self.state.global_step = state["iteration"]
+        self._prepared = None
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
             truncate_log(self.output_dir / name, self.iteration)
 
