@@ -3,10 +3,12 @@
 Importing the package registers its configs and models with transformers' Auto classes.
 """
 
+from .families.causal_lm import BlockedCausalLMConfig, BlockedForCausalLM
 from .families.dit import BlockedDiTConfig, BlockedDiTModel
+from .generation import denoising_generate
 from .memory import plan_memory
 from .noise import LogNormalNoise
-from .objectives import DenoisingScoreMatching, held_out_loss
+from .objectives import DenoisingScoreMatching, NextTokenPrediction, held_out_loss
 from .partition import BlockPartition
 from .pipelines import BlockedDiTPipeline
 from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -15,13 +17,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockPartition",
+    "BlockedCausalLMConfig",
     "BlockedDiTConfig",
     "BlockedDiTModel",
     "BlockedDiTPipeline",
+    "BlockedForCausalLM",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
     "LogNormalNoise",
+    "NextTokenPrediction",
+    "denoising_generate",
     "held_out_loss",
     "plan_memory",
 ]

@@ -137,7 +137,7 @@ class NextTokenPrediction:
         if self.distillation_weight:
             kept = labels.flatten() != IGNORED
             loss, parts = self._distil(model, block, batch, places, None, pairs, kept, loss)
-        return ObjectiveResult(loss, sigma[labels != IGNORED], _by_row(losses, labels), parts)
+        return ObjectiveResult(loss, sigma.flatten(), _by_row(losses, labels), parts)
 
     def _distil(
         self,
@@ -249,6 +249,6 @@ def noisy_targets(
 
 def _by_row(losses: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of each row, detached."""
-    rows = (labels != IGNORED).nonzero()[:, 0]
-    sums = torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses.detach())
-    return sums / (labels != IGNORED).sum(1).clamp_min(1)
+    kept = labels != IGNORED
+    each = torch.zeros(labels.shape, device=losses.device).masked_scatter(kept, losses.detach())
+    return each.sum(1) / kept.sum(1).clamp_min(1)
