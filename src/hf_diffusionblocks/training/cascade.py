@@ -93,18 +93,21 @@ def lower_outputs(
     shape = (len(dataset), tokens, model.config.hidden_size)
     path, note = folder / f"block-{block:02d}.bin", folder / f"block-{block:02d}.json"
     identity = {"shape": list(shape), "weights": _digest(model, block), "data": data_fingerprint(dataset)}
-    if path.is_file() and note.is_file() and json.loads(note.read_text()) == identity:
+    size = 2 * int(np.prod(shape))
+    if _read(note) == identity and path.is_file() and path.stat().st_size == size:
         return WithLowerOutputs(dataset, path, shape)
+    for left in folder.glob(".block-*"):  # by a kill
+        left.unlink()
     training, device = model.training, next(model.parameters()).device
     model.eval()
     temporary = folder / f".block-{block:02d}.writing"
     with open(temporary, "wb") as file:  # reserve it: writing to a map on a full disk would kill the process
         try:
-            os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(shape)))
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             temporary.unlink()
             raise OSError(
-                f"{2 * int(np.prod(shape)):,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
+                f"{size:,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
                 "disk space, or use lower_outputs='recompute'."
             ) from error
     rows = np.memmap(temporary, dtype=np.uint16, mode="r+", shape=shape)
@@ -125,6 +128,14 @@ def lower_outputs(
             (folder / name).unlink(missing_ok=True)
     model.train(training)
     return WithLowerOutputs(dataset, path, shape)
+
+
+def _read(note: Path) -> Any:
+    """What a note says; None if there is none that can be read."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _digest(model: BlockedPreTrainedModel, block: int) -> str:

@@ -236,10 +236,7 @@ class DiffusionBlocksTrainer:
 
     def _prepare_block(self, block: int) -> None:
         """Before the first update of a block, and before its next one after others were trained or the run resumed."""
-        self._prepared = block
-        if not self.sequential:
-            return
-        if self.trainers[block].updates == 0:
+        if self.sequential and self.trainers[block].updates == 0:
             for lower, trainer in self.trainers.items():  # what is built upon is what will be saved
                 if lower < block and trainer.ema is not None:
                     trainer.ema.copy_to(trainer.parameters)
@@ -249,6 +246,7 @@ class DiffusionBlocksTrainer:
             self.trainers[block].dataset = lower_outputs(
                 self.model, block, self.train_dataset, self.output_dir / "lower-outputs", self.args.disable_tqdm
             )
+        self._prepared = block
 
     def _notify(self, event: str, **values: Any) -> None:
         for callback in self.callbacks:
