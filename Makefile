@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow lint bench clean
+.PHONY: help install demo demo-text test test-slow lint bench clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## Train a blocked DiT on the digits data set and write its report to runs/digits-dit
 	$(PY) -m hf_diffusionblocks train digits-dit --output-dir runs/digits-dit
+
+demo-text: $(STAMP) ## Train a blocked Llama on Python's documentation and write its report to runs/pydoc-llama
+	$(PY) -m hf_diffusionblocks train pydoc-llama --output-dir runs/pydoc-llama
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="tests/test_data.py -k digits" for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)

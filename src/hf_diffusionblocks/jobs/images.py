@@ -1,32 +1,23 @@
-"""What each command does, as functions: the command line parses and calls these."""
+"""What each command does with models of images."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import serialization
-from .baselines.end_to_end import resolve_method
-from .data import ImageDataset, cache_latents, load_image_dataset
-from .evaluation import format_figures, sample_images, score
-from .families.dit import BlockedDiTModel
-from .hub import model_card, write_model_card
-from .modeling import format_block_parameters
-from .pipelines import BlockedDiTPipeline
-from .recipes import Recipe
-from .training import DiffusionBlocksTrainer
-from .training.checkpoint import find_checkpoints
-
-MODEL_DIR = "model"
-FIGURES_DIR = "figures"
-RECIPE_NAME = "recipe.json"
-FIGURES_NAME = "figures.json"
-
-Say = Callable[[str], None]
-
+from .. import serialization
+from ..baselines.end_to_end import resolve_method
+from ..data import ImageDataset, cache_latents, load_image_dataset
+from ..evaluation import format_figures, sample_images, score
+from ..families.dit import BlockedDiTModel
+from ..hub import model_card, write_model_card
+from ..modeling import format_block_parameters
+from ..pipelines import BlockedDiTPipeline
+from ..recipes import Recipe
+from ..training import DiffusionBlocksTrainer
+from ..training.checkpoint import find_checkpoints
+from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, new_directory
 
 # -- pieces -------------------------------------------------------------------------------------------------------
 
@@ -80,7 +71,7 @@ def build_trainer(
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
-    from .memory import plan_memory
+    from ..memory import plan_memory
 
     recipe = resolve_method(recipe)
     config = recipe.config()
@@ -112,7 +103,7 @@ def train(
     Returns:
         The directory of the saved model.
     """
-    from .plots import SampleGridCallback
+    from ..plots import SampleGridCallback
 
     recipe = resolve_method(recipe)
     output = Path(recipe.training_arguments().output_dir)
@@ -156,8 +147,8 @@ def write_report(
     say: Say = print,
 ) -> dict[str, Any]:
     """Pictures and a table of figures of a trained model, under ``output/figures``."""
-    from . import plots
-    from .memory import plan_memory
+    from .. import plots
+    from ..memory import plan_memory
 
     folder = output / FIGURES_DIR
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,9 +258,7 @@ def load_vae(recipe: Recipe) -> Any:
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
-    target = Path(output_dir)
-    if target.exists() and any(target.iterdir()):
-        raise ValueError(f"{target} is not empty: give a new directory.")
+    target = new_directory(output_dir)
     model = BlockedDiTModel.from_base(base, **settings)
     BlockedDiTPipeline(model).save_pretrained(target)
     say(format_block_parameters(model))
@@ -291,7 +280,7 @@ def sample(
     say: Say = print,
 ) -> list[Path]:
     """``diffusionblocks sample``: PNG files and one picture of them all."""
-    from . import plots
+    from .. import plots
 
     pipe = BlockedDiTPipeline.from_pretrained(model_dir)
     names = [pipe.model.config.id2label.get(i, str(i)) for i in range(pipe.model.config.num_classes)]
@@ -356,9 +345,3 @@ def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, sa
     cache_latents(images, vae, output_dir, batch_size=batch_size)
     say(f"latents of {len(images)} images in {output_dir}; train on them with data.name={output_dir}")
     return Path(output_dir)
-
-
-def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
-    """The recipe that a saved model was trained with, if it lies beside it."""
-    path = Path(model_dir).parent / RECIPE_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

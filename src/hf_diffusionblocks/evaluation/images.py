@@ -1,4 +1,4 @@
-"""Scoring a trained model: samples, and the table of figures."""
+"""Scoring a trained model of images: samples, and the table of figures."""
 
 import time
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import ImageDataset
-from .families.dit import BlockedDiTModel
-from .objectives import held_out_loss
-from .pipelines import BlockedDiTPipeline
-from .recipes import Recipe
+from ..data import ImageDataset
+from ..families.dit import BlockedDiTModel
+from ..objectives import held_out_loss
+from ..pipelines import BlockedDiTPipeline
+from ..recipes import Recipe
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def score(
     }
     figures |= compare_images(2 * images - 1, real, network)
     if classifier is not None:
-        from .metrics import ClassAgreement
+        from ..metrics import ClassAgreement
 
         figures |= ClassAgreement(classifier).compute(predictions=2 * images - 1, references=labels)
     return figures
@@ -109,7 +109,7 @@ def score(
 
 def compare_images(samples: Tensor, real: Tensor, network: Any) -> dict[str, Any]:
     """Distances between two sets of images [N, channels, height, width] in [-1, 1], under a feature network."""
-    from .metrics import FrechetDistance, KernelDistance, PrecisionRecall
+    from ..metrics import FrechetDistance, KernelDistance, PrecisionRecall
 
     sampled, reference = network(samples), network(real)
     figures: dict[str, Any] = {}
@@ -125,7 +125,7 @@ def compare_images(samples: Tensor, real: Tensor, network: Any) -> dict[str, Any
 
 
 def _feature_networks(recipe: Recipe, train: ImageDataset, test: ImageDataset, cache_dir: Path) -> tuple[Any, Any]:
-    from .metrics import ClassifierFeatures, InceptionFeatures, train_classifier
+    from ..metrics import ClassifierFeatures, InceptionFeatures, train_classifier
 
     if recipe.evaluation.feature_network not in ("classifier", "inception"):
         raise ValueError(
@@ -156,17 +156,3 @@ def _feature_networks(recipe: Recipe, train: ImageDataset, test: ImageDataset, c
         except (ImportError, OSError) as error:
             print(f"Inception features cannot be had ({error}); using {classifier.name} instead.")
     return classifier, classifier
-
-
-def format_figures(figures: dict[str, Any]) -> str:
-    """The table of figures as text."""
-    lines = []
-    for name, value in figures.items():
-        if isinstance(value, float):
-            value = f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
-        elif isinstance(value, list):
-            value = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
-        elif isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items())
-        lines.append(f"{name.replace('_', ' '):<36}{value}")
-    return "\n".join(lines)

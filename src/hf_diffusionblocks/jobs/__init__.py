@@ -1,0 +1,81 @@
+"""What each command does, as functions: the command line parses and calls these.
+
+``plan``, ``train``, ``evaluate`` and ``convert`` are for all families; :mod:`.images` and :mod:`.text` have each
+family's own.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..recipes import Recipe
+from . import images, text
+from .common import Say, family_of, read_recipe_of
+from .images import build_trainer, encode, load_data, sample
+from .text import sample_text
+
+
+def _of(family: str) -> ModuleType:
+    return text if family == "causal_lm" else images
+
+
+def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
+    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
+    return _of(recipe.family).plan(recipe, say)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    blocks: list[int] | None = None,
+    lower: str | None = None,
+    resume: bool = True,
+    report: bool = True,
+    say: Say = print,
+) -> Path:
+    """``diffusionblocks train``: train, save the model, and (unless told otherwise) draw and score it.
+
+    Args:
+        recipe: of the run.
+        blocks: hold and train these only.
+        lower: for a block of a cascade, the directory of a model that holds the trained blocks below it.
+        resume: go on from the last checkpoint.
+        report: draw and score at the end.
+        say: prints.
+
+    Returns:
+        The directory of the saved model.
+    """
+    settings: dict[str, Any] = {"blocks": blocks, "resume": resume, "report": report, "say": say}
+    if recipe.family == "causal_lm":
+        return text.train(recipe, lower=lower, **settings)
+    if lower is not None:
+        raise ValueError(f"--lower {lower} is for a cascade of a language model: blocks of images stand alone.")
+    return images.train(recipe, **settings)
+
+
+def evaluate(
+    model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
+) -> dict[str, Any]:
+    """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
+    return _of(recipe.family).evaluate(model_dir, recipe, output, seed, say)
+
+
+def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+    """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
+    return _of(family_of(base)).convert(base, output_dir, settings, say)
+
+
+__all__ = [
+    "build_trainer",
+    "convert",
+    "encode",
+    "evaluate",
+    "family_of",
+    "load_data",
+    "plan",
+    "read_recipe_of",
+    "sample",
+    "sample_text",
+    "train",
+]

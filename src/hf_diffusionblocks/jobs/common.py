@@ -1,0 +1,42 @@
+"""What the commands of all families share."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+MODEL_DIR = "model"
+FIGURES_DIR = "figures"
+RECIPE_NAME = "recipe.json"
+FIGURES_NAME = "figures.json"
+
+Say = Callable[[str], None]
+
+
+def new_directory(path: str) -> Path:
+    """A path that is no directory yet, or an empty one; otherwise a ``ValueError``."""
+    target = Path(path)
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty: give a new directory.")
+    return target
+
+
+def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
+    """The recipe that a saved model was trained with, if it lies beside it."""
+    path = Path(model_dir).parent / RECIPE_NAME
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def family_of(name_or_path: str) -> str:
+    """``causal_lm`` for a language model, blocked or not, by its ``config.json``; else ``dit``.
+
+    What cannot be read counts as ``dit``, whose loader says what is missing.
+    """
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name_or_path)
+    except (OSError, ValueError):
+        return "dit"
+    kind = values.get("model_type")
+    return "dit" if kind in (None, "blocked_dit") else "causal_lm"
