@@ -1,6 +1,7 @@
 """Scoring a trained language model on held-out text, and generating text with it."""
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -101,6 +102,13 @@ def generate_text(
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
     if ids.shape[1] == 0:
         raise ValueError(f"the prompt {prompt!r} has no token: give one with text that the tokenizer knows.")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and bool((ids == unknown).any()):
+        warnings.warn(
+            f"the prompt {prompt!r} holds characters that the tokenizer does not know: each is read as "
+            f"{tokenizer.unk_token}.",
+            stacklevel=2,
+        )
     limit = model.config.max_position_embeddings
     if ids.shape[1] + settings.max_new_tokens > limit:
         raise ValueError(
@@ -121,4 +129,5 @@ def generate_text(
             tokens = model.generate(ids, attention_mask=torch.ones_like(ids), streamer=streamer, **options)
     finally:
         model.train(training)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    text, head = (tokenizer.decode(t, skip_special_tokens=True) for t in (tokens[0], ids[0]))
+    return prompt + text[len(head) :]  # unknown characters of the prompt are not in its tokens

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..modeling import BlockedPreTrainedModel
 from ..objectives import ObjectiveResult
 from .arguments import DiffusionBlocksTrainingArguments
-from .data_stream import SampleOrder, batches, derive_seed
+from .data_stream import batches, derive_seed, reader_of
 
 Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
 
@@ -91,10 +91,10 @@ class BlockTrainer:
     def _next_batch(self) -> dict[str, Tensor]:
         args = self.args
         if self._batches is None:
-            order = SampleOrder(len(self.dataset), args.seed, self.block)
+            dataset, order = reader_of(self.dataset, args.seed, self.block)
             per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
             self._batches = batches(
-                self.dataset,
+                dataset,
                 order,
                 self.updates * per_update,
                 args.per_device_train_batch_size,
