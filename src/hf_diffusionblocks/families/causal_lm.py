@@ -20,6 +20,7 @@ Two contexts: ``independent`` (the paper's: each block reads the clean token emb
 """
 
 import copy
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -490,6 +491,13 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             return position_ids
         seen = cache.get_seq_length() if cache is not None else 0
         return torch.arange(seen, seen + like.shape[1], device=like.device)[None]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which does not hand a streamer on to a callable ``custom_generate``; this does."""
+        streamer, custom = kwargs.get("streamer"), kwargs.get("custom_generate")
+        if streamer is not None and callable(custom):
+            kwargs["custom_generate"] = functools.partial(custom, streamer=streamer)
+        return super().generate(*args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Keep ``generate`` from making masks for static caches: the blocks' decoders make their own."""
