@@ -177,7 +177,7 @@ def _add_recipes(commands: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     try:
         _run(args)
     except KeyboardInterrupt as error:
@@ -190,6 +190,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffusionblocks {args.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. argparse ends a list of settings at the first option; those after it belong to it as well."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    settings = getattr(args, "overrides", getattr(args, "settings", None))
+    if rest and (settings is None or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        settings += rest
+    return args
 
 
 def _run(args: argparse.Namespace) -> None:
