@@ -98,6 +98,7 @@ def draw_range(
     sampling: NoiseSampling,
     num_draws: int,
     generator: torch.Generator | None,
+    reference: Errors | None = None,
 ) -> Iterator[Draw]:
     """Independent draws of one range's integral, a pass of the denoiser each.
 
@@ -107,11 +108,15 @@ def draw_range(
         sampling: of the range.
         num_draws: how many.
         generator: CPU generator of noise levels and noise.
+        reference: of a denoiser whose integral is known; what is drawn is the integral's difference from it.
     """
     for _ in range(num_draws):
         sigma, weight = sampling(*embedded.shape[:2], generator)
         sigma = sigma.to(embedded.device, torch.float32)
-        squared_error, cross_entropy = errors(noisy(embedded, sigma, generator), sigma)
+        z = noisy(embedded, sigma, generator)
+        squared_error, cross_entropy = errors(z, sigma)
+        if reference is not None:
+            squared_error = squared_error - reference(z, sigma)[0]
         yield Draw(sigma, weight.to(embedded.device) * squared_error.double(), cross_entropy.double())
 
 

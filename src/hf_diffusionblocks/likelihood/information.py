@@ -20,7 +20,7 @@ from ..families.causal_lm import BlockedForCausalLM
 from ..partition import BlockPartition, InformationProfile
 from .bound import check_draws, cross_entropy_at, draw_range, prior_nats
 from .language_models import checked_denoiser, range_samplings, walk
-from .rows import Targets, batches, evaluating, next_token_losses
+from .rows import Targets, batches, evaluating
 
 
 def information_profile(
@@ -67,7 +67,7 @@ def information_profile(
         for batch in batches(dataset, batch_size, max_rows, model.device):
             targets = Targets(model, batch)
             count += int(targets.counts.sum())
-            plain += float(next_token_losses(model, batch, targets.labels).sum())
+            plain += float(targets.next_token_losses().sum())
             nats[0] += float(prior_nats(targets.embedded, sigma_max).sum())
             for block, errors in walk(targets, denoiser):
                 for draw in draw_range(errors, targets.embedded, samplings[block], num_draws, generator):

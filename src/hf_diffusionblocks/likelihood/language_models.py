@@ -10,7 +10,7 @@ A blocked language model has two figures:
     No bound is needed: the figure is ``-log softmax(f)``. In a cascade its split says in which range the last block's
     knowledge is asked for, not what each block's layers add.
 
-Both leave auxiliary layers out: at inference there are none. Two estimators:
+Both leave auxiliary layers out: at inference there are none. Three estimators, one figure:
 
 ``integral``
     noise levels are drawn; one pass per block and draw, noise levels differ from token to token.
@@ -18,6 +18,10 @@ Both leave auxiliary layers out: at inference there are none. Two estimators:
     ``readout="clean"`` only: one f serves all of a block's range, so the integral over the range is the difference of
     the cross-entropies given z at its edges (see the package). Neighbours see the same z at their common edge, so what
     is left of the noise in the sum is that of their difference: none where one f serves every noise level.
+``controlled``
+    ``integral`` with a control variate: only the difference from the exact form with one fixed f, that of the next
+    token at sigma_max, is drawn as an integral; the fixed f's own is known from the edges. The noise shrinks as f(z)
+    comes near that f; it may grow for a model that has not learned yet.
 """
 
 from collections.abc import Iterator
@@ -31,12 +35,12 @@ from transformers import PreTrainedModel
 from ..families.causal_lm import BlockedForCausalLM
 from ..objectives.next_token import next_tokens
 from ..suggest import unknown_name
-from .bound import NoiseSampling, check_draws, cross_entropy_at, draw_range, noisy_at, prior_nats, summarise
+from .bound import Errors, NoiseSampling, check_draws, cross_entropy_at, draw_range, noisy_at, prior_nats, summarise
 from .result import Likelihood, LikelihoodBound, RowSums
 from .rows import BlockErrors, Targets, batches, evaluating, next_token_losses
 
 DENOISERS = ("blocks", "language_model")
-ESTIMATORS = ("edges", "integral")
+ESTIMATORS = ("edges", "controlled", "integral")
 
 
 def likelihood_bound(
@@ -60,7 +64,8 @@ def likelihood_bound(
             ``attention_mask``.
         denoiser: ``blocks`` or ``language_model``, see the module. By default ``language_model`` where f is that of
             the whole model (``readout="clean"`` with a cascade or a single block), else ``blocks``.
-        estimator: ``edges`` or ``integral``, see the module; by default ``edges`` for ``readout="clean"``.
+        estimator: ``edges``, ``controlled`` or ``integral``, see the module; by default ``edges`` for
+            ``readout="clean"``, else ``controlled``.
         num_draws: noise levels per token and block; 2 at least for an error of the noise alone.
         sampling: ``importance`` or ``log_uniform``, see :mod:`~hf_diffusionblocks.likelihood.bound`.
         max_rows: use the first so many rows only.
@@ -81,12 +86,12 @@ def likelihood_bound(
     with evaluating(model):
         for batch in batches(dataset, batch_size, max_rows, model.device):
             targets = Targets(model, batch)
-            losses = next_token_losses(model, batch, targets.labels)
-            plain.add(losses.sum(1)[:, None, None], targets.counts)
+            plain.add(targets.next_token_losses().sum(1)[:, None, None], targets.counts)
             if estimator == "edges":
                 parts = _between_edges(targets, denoiser, num_draws, generator)
             else:
-                parts = _integrals(targets, denoiser, samplings, num_draws, generator)
+                reference = targets.reference() if estimator == "controlled" else None
+                parts = _integrals(targets, denoiser, samplings, num_draws, generator, reference)
             sums.add(parts, targets.counts)
     return summarise(
         sums,
@@ -165,13 +170,13 @@ def checked_denoiser(model: BlockedForCausalLM, denoiser: str | None) -> str:
 
 def _checked_estimator(model: BlockedForCausalLM, estimator: str | None) -> str:
     if estimator is None:
-        return "integral" if model.config.two_stream else "edges"
+        return "controlled" if model.config.two_stream else "edges"
     if estimator not in ESTIMATORS:
         raise ValueError(unknown_name("estimator", estimator, ESTIMATORS))
     if estimator == "edges" and model.config.two_stream:
         raise ValueError(
             f"estimator='edges' with readout={model.config.readout!r}: f depends on the noise level there, so noise "
-            "levels have to be drawn. Give estimator='integral'."
+            "levels have to be drawn. Give estimator='controlled' or 'integral'."
         )
     return estimator
 
@@ -198,16 +203,23 @@ def _integrals(
     samplings: list[NoiseSampling],
     num_draws: int,
     generator: torch.Generator,
+    reference: Errors | None,
 ) -> Float[Tensor, "rows draws parts"]:
     """Nats of each row: the integral over each block's range, the cross-entropy at sigma_min and the prior's term."""
     edges = targets.model.partition.edges
     parts = torch.zeros(len(targets.labels), num_draws, len(edges) + 1, dtype=torch.float64)
     for block, errors in walk(targets, denoiser):
-        for i, draw in enumerate(draw_range(errors, targets.embedded, samplings[block], num_draws, generator)):
+        for i, draw in enumerate(
+            draw_range(errors, targets.embedded, samplings[block], num_draws, generator, reference)
+        ):
             parts[:, i, block] = draw.nats.sum(1).cpu()
             if block == targets.model.partition.block_of(edges[-1]):
                 parts[:, i, -2] = cross_entropy_at(errors, targets.embedded, edges[-1], generator).sum(1).cpu()
     parts[..., -1] = prior_nats(targets.embedded, edges[0]).sum(1, keepdim=True).cpu()
+    for i in range(num_draws if reference is not None else 0):
+        levels = [cross_entropy_at(reference, targets.embedded, edge, generator).sum(1).cpu() for edge in edges]
+        for block, (above, below) in enumerate(zip(levels, levels[1:], strict=False)):
+            parts[:, i, block] += above - below
     return parts
 
 

@@ -68,8 +68,8 @@ class LikelihoodBound(Likelihood):
             the bound equals up to ``1.5 / sigma_max^2``; only the split is drawn then.
         denoiser: whose figure it is: ``blocks``, each block's D in its own range, or ``language_model``, the f of the
             next token's logits at every noise level.
-        estimator: ``integral``, noise levels were drawn, or ``edges``, differences of cross-entropies given z at the
-            edges.
+        estimator: ``integral``, noise levels were drawn; ``controlled``, with a control variate; ``edges``,
+            differences of cross-entropies given z at the edges.
     """
 
     monte_carlo_error: float = math.nan

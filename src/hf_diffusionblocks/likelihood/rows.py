@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from ..families.causal_lm import BlockedForCausalLM
 from ..losses import CHUNK_ELEMENTS, Pairs, linear_cross_entropy, linear_logits
 from ..objectives.next_token import IGNORED, next_tokens
+from .bound import Errors
 
 
 def batches(dataset: Any, batch_size: int, max_rows: int | None, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -83,22 +85,30 @@ class Targets:
             if model.config.context == "cascade":
                 hidden = denoiser.output
 
+    @cached_property
+    def language_features(self) -> Float[Tensor, "rows tokens width"]:
+        """What the next token's logits are made of, see :meth:`BlockedForCausalLM.language_hidden`."""
+        return self.model.language_hidden(self.model.embed_tokens(self.ids), None, None, **self.places)
+
+    def next_token_losses(self) -> Float[Tensor, "rows tokens"]:
+        """``-log softmax(f)`` of each next token, float64; 0 where there is none."""
+        pairs = [(self.language_features[self.kept], self.model.language_head())]
+        return _spread(linear_cross_entropy(pairs, self.labels[self.kept]).double(), self.kept)
+
     def language_model(self) -> "OneStream":
         """The errors of the next token's f, the same at every noise level."""
-        model = self.model
-        features = model.language_hidden(model.embed_tokens(self.ids), None, None, **self.places)
-        return OneStream(self, features, model.language_blocks()[-1])
+        return OneStream(self, self.language_features, self.model.language_blocks()[-1])
+
+    def reference(self) -> Errors:
+        """The errors of the exact form with one fixed f: the next token's at sigma_max, whatever the readout."""
+        f = self.language_features, self.model.language_head()
+        return lambda z, sigma: self.errors([f, (z / sigma[..., None] ** 2, self.table)])
 
     def errors(self, pairs: Pairs) -> tuple[Float[Tensor, "rows tokens"], Float[Tensor, "rows tokens"]]:
         """``||e_y - D||^2`` and ``-log p(y)`` of logits given as pairs; 0 where there is no target."""
         pairs = [(x[self.kept], weight) for x, weight in pairs]
-        found = posterior_errors(pairs, self.labels[self.kept], self.table)
-        result = []
-        for values in found:
-            full = values.new_zeros(self.labels.shape)
-            full[self.kept] = values
-            result.append(full)
-        return result[0], result[1]
+        squared, losses = posterior_errors(pairs, self.labels[self.kept], self.table)
+        return _spread(squared, self.kept), _spread(losses, self.kept)
 
 
 class OneStream:
@@ -176,22 +186,22 @@ def next_token_losses(
 
     f is that of :meth:`BlockedForCausalLM.forward`, or any transformers model's logits.
     """
-    kept = labels != IGNORED
     if isinstance(model, BlockedForCausalLM):
-        hidden = model.language_hidden(model.embed_tokens(batch["input_ids"]), None, None, **_places(batch))
-        losses = linear_cross_entropy([(hidden[kept], model.language_head())], labels[kept])
-    else:
-        places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
-        logits = model(input_ids=batch["input_ids"], use_cache=False, **places).logits[kept]
-        size, wanted = max(1, CHUNK_ELEMENTS // logits.shape[-1]), labels[kept]
-        losses = [logits.new_zeros(0, dtype=torch.float32)]
-        for start in range(0, len(wanted), size):
-            rows = slice(start, start + size)
-            losses.append(torch.nn.functional.cross_entropy(logits[rows].float(), wanted[rows], reduction="none"))
-        losses = torch.cat(losses)
-    full = torch.zeros(labels.shape, dtype=torch.float64, device=labels.device)
-    full[kept] = losses.double()
-    return full
+        return Targets(model, batch).next_token_losses()
+    kept = labels != IGNORED
+    places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+    logits, wanted = model(input_ids=batch["input_ids"], use_cache=False, **places).logits[kept], labels[kept]
+    size = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    losses = [logits.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(wanted), size):
+        rows = slice(start, start + size)
+        losses.append(torch.nn.functional.cross_entropy(logits[rows].float(), wanted[rows], reduction="none"))
+    return _spread(torch.cat(losses).double(), kept)
+
+
+def _spread(values: Float[Tensor, "targets"], kept: Bool[Tensor, "rows tokens"]) -> Float[Tensor, "rows tokens"]:
+    """Each target's value in its place, 0 elsewhere."""
+    return values.new_zeros(kept.shape).masked_scatter(kept, values)
 
 
 def _places(batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
