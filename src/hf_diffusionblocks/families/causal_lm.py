@@ -200,7 +200,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         rope = module.model.rotary_emb
         clean_positions, noisy_positions = rope(hidden, position_ids), rope(hidden, position_ids + 1)
         for i, layer in enumerate(module.model.layers):
-            args = (hidden, noisy, module.modulations[i](embedded), masks[i], clean_positions, noisy_positions)
+            args = (hidden, noisy, module.modulations[i], embedded, masks[i], clean_positions, noisy_positions)
             if self.training and layer.gradient_checkpointing:
                 hidden, noisy = checkpoint(two_stream_layer, layer, *args, use_reentrant=False)
             else:
@@ -246,7 +246,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
                     "see: give the target of the last token only, or run two_streams on all tokens."
                 )
             mask = attention_mask_for(layer, masks[i].noisy[..., dropped:], noisy)
-            noisy = noisy_layer(layer, noisy, module.modulations[i](embedded), keys, values, mask, positions)
+            noisy = noisy_layer(layer, noisy, module.modulations[i], embedded, keys, values, mask, positions)
         return module.norm(noisy)
 
     def _coefficients(self, sigma: Float[Tensor, "*tokens"]) -> Coefficients:
