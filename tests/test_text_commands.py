@@ -327,6 +327,15 @@ def test_bad_input_of_sample_ends_in_one_clear_line(run_dir, options, words, cap
     assert all(word in error for word in words), error
 
 
+def test_commands_for_images_say_so(run_dir, capsys, tmp_path):
+    assert main(["encode", "pydoc-llama", "--output-dir", str(tmp_path)]) == 2
+    assert "no images" in capsys.readouterr().err
+    assert main(["evaluate", str(run_dir / "model"), "--recipe", "digits-dit"]) == 2
+    assert "is a language model" in capsys.readouterr().err
+    assert main(["train", "digits-dit", "--block", "1", "--lower", str(run_dir / "model")]) == 2
+    assert "cascade" in capsys.readouterr().err
+
+
 def test_a_model_beside_another_tokenizer_is_not_sampled(run_dir, tmp_path, capsys):
     BlockedForCausalLM.from_pretrained(run_dir / "model").save_pretrained(tmp_path / "model")
     assert main(["sample", str(tmp_path / "model"), "--prompt", "alpha"]) == 2

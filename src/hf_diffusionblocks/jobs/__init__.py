@@ -11,7 +11,7 @@ from typing import Any
 from ..recipes import Recipe
 from . import images, text
 from .common import Say, family_of, read_recipe_of
-from .images import build_trainer, encode, load_data, sample
+from .images import build_trainer, load_data, sample
 from .text import sample_text
 
 
@@ -58,12 +58,24 @@ def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
+    if recipe.family != "causal_lm" and family_of(model_dir) == "causal_lm":
+        raise ValueError(
+            f"{model_dir} is a language model, and recipe {recipe.name!r} of family {recipe.family!r} has no text: "
+            "name the recipe that it was trained with, such as --recipe pydoc-llama."
+        )
     return _of(recipe.family).evaluate(model_dir, recipe, output, seed, say)
 
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
     return _of(family_of(base)).convert(base, output_dir, settings, say)
+
+
+def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
+    """``diffusionblocks encode``: VAE latents of a recipe's images, for training on them."""
+    if recipe.family != "dit":
+        raise ValueError(f"recipe {recipe.name!r} is of family {recipe.family!r}: it has no images to encode.")
+    return images.encode(recipe, output_dir, split, batch_size, say)
 
 
 __all__ = [

@@ -21,7 +21,15 @@ from ..recipes import Recipe
 from ..training.checkpoint import find_checkpoints
 from .advice import advice, advice_values, small_model
 from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, new_directory
-from .text_pieces import build_trainer, load_data, load_model, make_tokenizer, planned_vocabulary, save_tokenizer
+from .text_pieces import (
+    build_trainer,
+    load_data,
+    load_held_out,
+    load_model,
+    make_tokenizer,
+    planned_vocabulary,
+    save_tokenizer,
+)
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
@@ -113,7 +121,8 @@ def train(
     output.mkdir(parents=True, exist_ok=True)
     resumed = resume and bool(find_checkpoints(output))
     say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {output}")
-    say(f"text: {train_data!r}; held out: {len(test_data)} rows")
+    rows = f"{len(train_data)} rows of {recipe.data.block_length} tokens"
+    say(f"text: {rows}, vocabulary {trainer.model.config.vocab_size}; held out: {len(test_data)} rows")
     for line in (format_block_parameters(trainer.model), *_parts(trainer.model)):
         say(line)
     serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
@@ -289,7 +298,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's held-out text."""
     model, tokenizer = load_model(model_dir)
-    _, test_data = load_data(recipe, tokenizer)
+    test_data = load_held_out(recipe, tokenizer)
     model.check_batch(test_data[[0]])
     figures = score_text(model, test_data, tokenizer, recipe.evaluation, seed=seed)
     say(format_figures(figures))

@@ -62,24 +62,29 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
     """Training and held-out rows of a recipe."""
     data = recipe.data
-    common = {
-        "tokenizer": tokenizer,
-        "block_length": data.block_length,
-        "packing": data.packing,
-        "num_proc": data.num_proc,
-        "disable_progress": recipe.training_arguments().disable_tqdm,
-        **_source(recipe),
-    }
-    common.pop("name")
-    train = load_text_dataset(
-        data.name,
-        data.train_split,
-        max_samples=data.max_samples,
-        shuffle_buffer=data.shuffle_buffer,
-        seed=recipe.training_arguments().seed,
-        **common,
+    shuffling = {"shuffle_buffer": data.shuffle_buffer, "seed": recipe.training_arguments().seed}
+    train = _load_rows(recipe, tokenizer, data.train_split, max_samples=data.max_samples, **shuffling)
+    return train, load_held_out(recipe, tokenizer)
+
+
+def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Held-out rows of a recipe."""
+    return _load_rows(recipe, tokenizer, recipe.data.test_split, max_samples=recipe.data.max_test_samples)
+
+
+def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, **settings: Any) -> Any:
+    data, source = recipe.data, _source(recipe)
+    return load_text_dataset(
+        source.pop("name"),
+        split,
+        tokenizer=tokenizer,
+        block_length=data.block_length,
+        packing=data.packing,
+        num_proc=data.num_proc,
+        disable_progress=recipe.training_arguments().disable_tqdm,
+        **source,
+        **settings,
     )
-    return train, load_text_dataset(data.name, data.test_split, max_samples=data.max_test_samples, **common)
 
 
 def planned_vocabulary(recipe: Recipe) -> int | None:
