@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hf_diffusionblocks.configuration import DiffusionBlocksConfig
 from hf_diffusionblocks.noise import LogNormalNoise, equal_probability_grid
-from hf_diffusionblocks.partition import BlockPartition, InformationProfile
+from hf_diffusionblocks.partition import BlockPartition, InformationProfile, balanced_layers
 from test_noise import noises, reference
 from tiny import as_users_run
 
@@ -450,3 +450,14 @@ def test_blocks_that_do_not_exist_are_refused(block):
     for use in (partition.check_block, partition.layers, partition.range, lambda b: partition.sample(b, 2)):
         with as_users_run(), pytest.raises(ValueError, match="does not exist: the model has blocks 0 to 2"):
             use(block)
+
+
+@given(num_layers=st.integers(1, 60), extra=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_balanced_layers_lose_none_and_even_out_what_is_held(num_layers, extra):
+    layers = balanced_layers(num_layers, extra)
+    held = [n + e for n, e in zip(layers or [], extra, strict=False)]
+    if layers is None:  # not so many layers that each block could have one of its own
+        assert num_layers + sum(extra) < len(extra) * (max(extra) + 1)
+        return
+    assert sum(layers) == num_layers and min(layers) >= 1
+    assert max(held) - min(held) <= 1 and held == sorted(held)

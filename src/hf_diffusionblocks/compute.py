@@ -132,9 +132,9 @@ def training_flops(
         ...         "num_attention_heads": 4, "vocab_size": 10}
         >>> cost = training_flops(BlockedCausalLMConfig(base_config=base, num_blocks=3), tokens=16)
         >>> [block.layer_passes for block in cost.blocks]
-        [9, 11, 10]
+        [6, 10, 12]
         >>> round(cost.ratio, 2)
-        1.68
+        1.56
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")

@@ -376,6 +376,29 @@ class BlockPartition:
         return rows
 
 
+def balanced_layers(num_layers: int, extra: Sequence[int]) -> tuple[int, ...] | None:
+    """Layers per block such that what each block holds in training is even.
+
+    A block that trains with auxiliary layers holds them too, so it gets fewer of the model's own; a remainder goes to
+    the last blocks, whose loss is the model's.
+
+    Args:
+        num_layers: L.
+        extra: number of auxiliary layers of each block.
+
+    Returns:
+        Layers of each block, or None if a block would be left without one.
+
+    Example:
+        >>> balanced_layers(6, (1, 1, 0))
+        (1, 2, 3)
+    """
+    whole, rest = divmod(num_layers + sum(extra), len(extra))
+    held = [whole + (b >= len(extra) - rest) for b in range(len(extra))]
+    layers = tuple(h - e for h, e in zip(held, extra, strict=True))
+    return layers if min(layers) > 0 else None
+
+
 def _with_ends(inner: Tensor, noise: LogNormalNoise) -> tuple[float, ...]:
     return (noise.sigma_max, *inner.tolist(), noise.sigma_min)
 
