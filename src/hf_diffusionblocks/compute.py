@@ -4,8 +4,8 @@ Of L layers, end-to-end training runs each forward (1) and backward (2): 3 L lay
 its own layers, its auxiliary layers and its head forward and backward; a cascade's block also runs the layers below it
 forward, without gradient, on each batch (unless their outputs are kept on disk, when they are computed once)::
 
-    cascade, L = 6, B = 3, one auxiliary layer     3 (2 + 1) + [3 (2 + 1) + 2] + [3 * 2 + 4] = 30 passes
-    end to end                                     3 * 6                                     = 18
+    cascade of 2, 2 and 2 layers, one auxiliary layer    3 (2 + 1) + [3 (2 + 1) + 2] + [3 * 2 + 4] = 30 passes
+    end to end                                           3 * 6                                     = 18
 
 so an update of every block costs 1.67 end-to-end updates, not 1. Noisy targets are a second stream of tokens through
 the block's layers. Heads are counted too: with large vocabularies, B of them are no longer small.
@@ -130,7 +130,8 @@ def training_flops(
         >>> from hf_diffusionblocks import BlockedCausalLMConfig
         >>> base = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6,
         ...         "num_attention_heads": 4, "vocab_size": 10}
-        >>> cost = training_flops(BlockedCausalLMConfig(base_config=base, num_blocks=3), tokens=16)
+        >>> config = BlockedCausalLMConfig(base_config=base, num_blocks=3, layers_per_block=[2, 2, 2])
+        >>> cost = training_flops(config, tokens=16)
         >>> [block.layer_passes for block in cost.blocks]
         [6, 10, 12]
         >>> round(cost.ratio, 2)
