@@ -2,6 +2,7 @@
 
     python benchmarks/text_quality.py run austen      # every arm and seed, resumable; results under benchmarks/results/
     python benchmarks/text_quality.py table austen    # markdown table: mean over seeds, paired differences
+    python benchmarks/text_quality.py bound austen    # likelihood bound of the saved models, share of each block
     python benchmarks/text_quality.py plot crossing   # quality against total compute, a curve per memory budget
 
 The text is Jane Austen's novels by character (``--text FILE`` for another one); the last 5 % are held out. Each job
@@ -28,7 +29,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TEXT = HERE.parent.parent / "shared" / "data" / "text" / "austen.txt"
 
-LAYERS, LENGTH, BATCH = 6, 96, 32
+LAYERS, LENGTH, BATCH = 6, 96, 8
 
 
 def arm(layers: int = LAYERS, blocks: int = 1, updates: float = 1, lr: float = 1, order: str | None = None, **settings):
@@ -52,58 +53,36 @@ def _sequential(blocks: int = 3, auxiliary: int = 1, **settings) -> dict:
 
 
 _TEXT_NOISE = {"noise": {"p_mean": -0.35, "p_std": 0.7}}
+_BALANCED = [1, 2, 3]  # with one auxiliary layer in all but the last block, each block holds at most 3 layers
 
-# method.md's equal-compute factors are in the table as counted FLOPs; "compute" arms train that much longer.
+# "at equal compute": as many FLOPs as "sequential, auxiliary, balanced" spends.
 AUSTEN = {
     "end to end, L": arm(),
-    "end to end, L, 1.67x updates": arm(updates=5 / 3),
-    "end to end, L, 1.33x updates": arm(updates=4 / 3),
+    "end to end, L, equal compute": arm(updates=1.58),
     "end to end, L/3": arm(layers=2),
-    "end to end, L/3, 3x updates": arm(layers=2, updates=3),
-    "end to end, L/3, 5x updates": arm(layers=2, updates=5),
+    "end to end, L/3, equal compute": arm(layers=2, updates=4.51),
     "end to end, L/3+1": arm(layers=3),
-    "end to end, L/3+1, 3.33x updates": arm(layers=3, updates=10 / 3),
+    "end to end, L/3+1, equal compute": arm(layers=3, updates=3.08),
+    "greedy local cross-entropy": arm(blocks=3, order="simultaneous", initialization="default"),
     "paper (edm, independent)": arm(blocks=3, preset="paper"),
-    "exact, independent": arm(blocks=3, readout="exact", context="independent", overlap=0.1),
-    "exact, independent, text noise": arm(blocks=3, readout="exact", context="independent", overlap=0.1, **_TEXT_NOISE),
-    "exact, cascade, simultaneous": arm(
-        blocks=3, readout="exact", order="simultaneous", initialization="default", **_TEXT_NOISE
-    ),
-    "clean, independent": arm(blocks=3, context="independent"),
-    "clean, cascade, simultaneous (greedy local CE)": arm(blocks=3, order="simultaneous", initialization="default"),
-    "clean, cascade, simultaneous, auxiliary": arm(blocks=3, order="simultaneous", auxiliary_layers=1),
-    "clean, cascade, sequential": _sequential(auxiliary=0),
-    "clean, cascade, sequential, auxiliary": _sequential(),
-    "clean, cascade, sequential, auxiliary, hand-over": _sequential(hand_over=True),
-    "clean, cascade, sequential, auxiliary, B=2": _sequential(blocks=2),
+    "exact, independent": arm(blocks=3, readout="exact", context="independent", overlap=0.1, **_TEXT_NOISE),
+    "exact, cascade": arm(blocks=3, readout="exact", order="simultaneous", initialization="default", **_TEXT_NOISE),
+    "sequential": _sequential(auxiliary=0),
+    "sequential, auxiliary": _sequential(layers_per_block=[2, 2, 2]),
+    "sequential, auxiliary, balanced": _sequential(layers_per_block=_BALANCED),
 }
 
 # Long enough to see a small network saturate: a curve per memory budget.
-_STEPS = (0.5, 1, 2, 4, 8)
 CROSSING = {
-    **{f"end to end, L, {k:g}x": arm(updates=k) for k in _STEPS},
-    **{f"end to end, L/3, {k:g}x": arm(layers=2, updates=k) for k in (1, 2, 4, 8, 16, 32)},
-    **{f"end to end, L/3+1, {k:g}x": arm(layers=3, updates=k) for k in (1, 2, 4, 8, 16)},
-    **{f"blocked, B=3, auxiliary, {k:g}x": _sequential(updates=k) for k in _STEPS},
-    **{f"blocked, B=3, {k:g}x": _sequential(auxiliary=0, updates=k) for k in _STEPS},
+    **{f"end to end, L, {k:g}x": arm(updates=k) for k in (1, 2, 4, 8)},
+    **{f"end to end, L/3+1, {k:g}x": arm(layers=3, updates=k) for k in (2, 4, 8, 16, 32)},
+    **{f"blocked, {k:g}x": _sequential(layers_per_block=_BALANCED, updates=k) for k in (1, 2, 4, 8)},
 }
 
 # Name: width, updates, peak learning rate, arms, seeds.
 STUDIES: dict[str, tuple[int, int, float, dict[str, dict], tuple[int, ...]]] = {
-    "austen": (64, 600, 6e-3, AUSTEN, (0, 1, 2)),
-    "crossing": (32, 800, 1e-2, CROSSING, (0, 1)),
-    "pilot": (
-        64,
-        300,
-        4e-3,
-        {
-            **{f"end to end, L, lr {f:g}": arm(lr=f) for f in (0.5, 1, 2, 3)},
-            **{f"end to end, L/3, lr {f:g}": arm(layers=2, lr=f) for f in (1, 2, 3)},
-            **{f"sequential, auxiliary, lr {f:g}": _sequential(lr=f) for f in (1, 2, 3)},
-            **{f"paper, lr {f:g}": arm(blocks=3, preset="paper", lr=f) for f in (0.5, 1, 2)},
-        },
-        (0,),
-    ),
+    "austen": (48, 1200, 4e-3, AUSTEN, (0, 1, 2)),
+    "crossing": (16, 1000, 8e-3, CROSSING, (0, 1)),
 }
 
 
@@ -133,7 +112,7 @@ def build(setting: dict, width: int, vocab_size: int, seed: int) -> Any:
         "hidden_size": width,
         "intermediate_size": 8 * width // 3 // 16 * 16,
         "num_hidden_layers": setting["layers"],
-        "num_attention_heads": max(2, width // 24),
+        "num_attention_heads": 2,
         "max_position_embeddings": 1024,
         "tie_word_embeddings": False,
         "bos_token_id": 0,
@@ -174,7 +153,7 @@ def run_job(study: str, name: str, seed: int, out: Path, text: Path) -> None:
     flops = count(model, train[list(range(BATCH))], objective)
     memory = plan_memory(model.config, batch_size=BATCH, use_ema=False, tokens=LENGTH).worst("blocked")
     steps = round(updates * setting["updates"])
-    work = out.parent / f"work-text-{study}" / f"{name}-{seed}".replace(" ", "_").replace("/", "_").replace(",", "")
+    work = folder_of(study, name, seed)
     args = DiffusionBlocksTrainingArguments(
         output_dir=str(work),
         max_steps=steps,
@@ -220,6 +199,12 @@ def run_job(study: str, name: str, seed: int, out: Path, text: Path) -> None:
     }
     with open(out, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
+
+
+def folder_of(study: str, name: str, seed: int) -> Path:
+    """Where a run's checkpoints and model lie."""
+    plain = f"{name}-{seed}".replace(" ", "_").replace("/", "_").replace(",", "")
+    return RESULTS / f"work-text-{study}" / plain
 
 
 def read(study: str) -> list[dict]:
@@ -293,9 +278,71 @@ def table(study: str, reference: str = "end to end, L") -> str:
     return "\n".join(lines)
 
 
+def bound(study: str, text: Path, rows: int = 256, draws: int = 4) -> None:
+    """The likelihood bound of a study's blocked models, with each block's share, written and printed."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_diffusionblocks.likelihood import likelihood_bound
+
+    torch.set_num_threads(1)
+    _, test, _ = load(text)
+    path = RESULTS / f"text-{study}-bound.jsonl"
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    done = {(row["arm"], row["seed"]) for row in known}
+    for row in read(study):
+        folder = folder_of(study, row["arm"], row["seed"]) / "model"
+        if (row["arm"], row["seed"]) in done or len(row["block_bits"]) < 2 or not folder.is_dir():
+            continue
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        # What the blocks' own denoisers give, in one walk down the noise levels.
+        result = likelihood_bound(model, test, denoiser="blocks", num_draws=draws, max_rows=rows).to_dict()
+        known.append({"arm": row["arm"], "seed": row["seed"], "rows": rows, **result})
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(known[-1]) + "\n")
+    print(
+        "| arm | seeds | bound, bits per character | noise error | share of each block | cross-entropy at sigma_max |"
+    )
+    print("|---|---|---|---|---|---|")
+    for name in STUDIES[study][3]:
+        if mine := [row for row in known if row["arm"] == name]:
+            shares = zip(*(row["nats_per_block"] for row in mine), strict=True)
+            bits = [row["nats_per_token"] / math.log(2) for row in mine]
+            error = max(row["monte_carlo_error"] for row in mine) / math.log(2)
+            print(
+                f"| {name} | {len(mine)} | {_mean(bits)} | {error:.4f} | "
+                f"{' / '.join(f'{statistics.mean(s) / math.log(2):.3f}' for s in shares)} | "
+                f"{_mean([row['cross_entropy_at_sigma_max'] / math.log(2) for row in mine])} |"
+            )
+
+
+def plot(study: str) -> Path:
+    """Bits per character against total compute: one curve per memory budget, mean over seeds."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    curves: dict[str, dict[str, list[dict]]] = {}
+    for row in read(study):
+        label, _, times = row["arm"].rpartition(", ")
+        curves.setdefault(f"{label} ({row['held_layers']} layers held)", {}).setdefault(times, []).append(row)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for label, points in curves.items():
+        xy = sorted((v[0]["flops"], statistics.mean(r["bits_per_character"] for r in v)) for v in points.values())
+        axes.plot(*zip(*xy, strict=True), marker="o", label=label)
+    axes.set(xscale="log", xlabel="total training FLOPs", ylabel="bits per character, held out")
+    axes.set_title(f"Austen by character, width {STUDIES[study][0]}, {LAYERS} layers")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    path = RESULTS / f"text-{study}.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "job", "table"))
+    parser.add_argument("command", choices=("run", "job", "table", "bound", "plot"))
     parser.add_argument("study", choices=STUDIES)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", help="arms whose name contains this")
@@ -308,6 +355,10 @@ def main() -> None:
         run_job(args.study, args.arm, args.seed, RESULTS / f"text-{args.study}.jsonl", args.text)
     elif args.command == "run":
         run(args.study, args.workers, args.only, args.seeds, args.text)
+    elif args.command == "bound":
+        bound(args.study, args.text)
+    elif args.command == "plot":
+        print(plot(args.study))
     else:
         print(table(args.study))
 
