@@ -133,9 +133,9 @@ def training_flops(
         >>> config = BlockedCausalLMConfig(base_config=base, num_blocks=3, layers_per_block=[2, 2, 2])
         >>> cost = training_flops(config, tokens=16)
         >>> [block.layer_passes for block in cost.blocks]
-        [6, 10, 12]
+        [9, 11, 10]
         >>> round(cost.ratio, 2)
-        1.56
+        1.67
     """
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
