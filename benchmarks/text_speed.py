@@ -70,7 +70,7 @@ def make_trainer(
     model = BlockedForCausalLM.from_base(base_config(args), num_blocks, **({"auxiliary_layers": 0} | settings))
     arguments = DiffusionBlocksTrainingArguments(
         output_dir=tempfile.mkdtemp(),
-        max_steps=10**6,
+        max_steps=10**4,
         per_device_train_batch_size=args.batch,
         order="simultaneous",
         logging_steps=10**6,
