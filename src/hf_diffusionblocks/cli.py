@@ -243,6 +243,7 @@ def _sample(args: argparse.Namespace) -> None:
     from . import jobs
     from .recipes import make_recipe
 
+    jobs.check_model_path(args.model)
     text = jobs.family_of(args.model) == "causal_lm"
     for name in _IMAGE_OPTIONS if text else _TEXT_OPTIONS:
         if getattr(args, name) not in (None, False):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput, cached_file
+from transformers.utils import ModelOutput
 
 from . import serialization
 from .configuration import DiffusionBlocksConfig
@@ -97,6 +97,18 @@ class BlockedPreTrainedModel(PreTrainedModel):
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         """Raise a ``ValueError`` for a training batch that does not fit the model. Families override it."""
 
+    def check_dataset(self, dataset: Any) -> None:
+        """Raise a ``ValueError`` for what is wrong anywhere in a data set and cheap to see. Families override it."""
+
+    def wrong_rows(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which samples of a training batch cannot be learned from, as booleans [batch]: those that are not finite."""
+        first = next(iter(batch.values()))
+        wrong = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+        for value in batch.values():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                wrong |= ~torch.isfinite(value).flatten(1).all(1)
+        return wrong
+
     def begin_block(self, block: int, hand_over: bool = False) -> None:
         """Prepare a block whose training begins after that of the blocks below it. Families override it."""
 
@@ -151,12 +163,17 @@ class BlockedPreTrainedModel(PreTrainedModel):
                 a block that is not loaded, or inputs that do not fit the model.
         """
         self.check_input(z, **conditioning)
-        sigma = torch.as_tensor(sigma, device=z.device)
+        try:
+            sigma = torch.as_tensor(sigma, device=z.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"sigma={sigma!r} is not a noise level: give a number or a tensor [{len(z)}].") from error
         sigma = sigma if sigma.is_floating_point() else sigma.float()
         if sigma.ndim == 0:
             sigma = sigma.expand(z.shape[0])
         if sigma.shape != z.shape[:1]:
             raise ValueError(f"sigma has shape {list(sigma.shape)}: give a number or one value per sample, [{len(z)}].")
+        if len(z) == 0:
+            raise ValueError("the batch is empty: give at least one sample to denoise.")
         if block is None:
             block = self._single_block(sigma)
         else:
@@ -225,10 +242,12 @@ class BlockedPreTrainedModel(PreTrainedModel):
             save_directory: where to.
             is_main_process: write only if true.
             push_to_hub: upload afterwards, as in transformers (``repo_id``, ``token``, … in ``kwargs``).
+            **kwargs: ``max_shard_size`` is held to: a block lies in one file, which must not be larger.
 
         Raises:
             NotADirectoryError: if the path is a file.
-            ValueError: if this model holds some blocks only and the directory holds another model.
+            ValueError: if this model holds some blocks only and the directory holds another model, or a block is
+                larger than ``max_shard_size``.
             OSError: if the disk is full; nothing half written stays.
         """
         target = Path(save_directory)
@@ -238,6 +257,8 @@ class BlockedPreTrainedModel(PreTrainedModel):
             self.config.architectures = [type(self).__name__]
             self.config.dtype = self.dtype
             state_dict = kwargs.pop("state_dict", None) or self._own_state_dict()
+            if (limit := kwargs.pop("max_shard_size", None)) is not None:
+                serialization.check_shard_size(state_dict, limit)
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target if target.exists() else target.parent
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as temporary:
@@ -301,7 +322,7 @@ class BlockedPreTrainedModel(PreTrainedModel):
         output_loading_info = kwargs.pop("output_loading_info", False)
         hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub if name in kwargs}
-        find = _Finder(pretrained_model_name_or_path, hub_kwargs)
+        find = serialization.FileFinder(pretrained_model_name_or_path, hub_kwargs)
         index_path = find(serialization.INDEX_NAME)
         index = serialization.read_index(index_path)
         if blocks is not None:
@@ -360,30 +381,6 @@ def _checked_blocks(partition: BlockPartition, blocks: Sequence[int]) -> list[in
     for block in blocks:
         partition.check_block(block)
     return sorted(set(blocks))
-
-
-class _Finder:
-    """Finds a file of a model in a directory or on the Hub."""
-
-    def __init__(self, name_or_path: str | os.PathLike, hub_kwargs: dict):
-        self.root, self.kwargs = Path(name_or_path), hub_kwargs
-        self.name = str(name_or_path)
-
-    def __call__(self, name: str) -> Path:
-        if self.root.is_dir():
-            path = self.root / self.kwargs.get("subfolder", "") / name
-            if not path.is_file():
-                raise ValueError(
-                    f"{serialization.describe_file(name)} is missing from {path.parent}. "
-                    "Copy or download it again, or load other blocks with blocks=[…]."
-                )
-            return path
-        if self.root.is_absolute() or self.name.startswith("."):
-            raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
-        try:
-            return Path(cached_file(self.name, name, **self.kwargs))
-        except OSError as error:
-            raise OSError(f"cannot get {serialization.describe_file(name)} of {self.name}: {error}") from error
 
 
 def format_block_parameters(model: BlockedPreTrainedModel) -> str:

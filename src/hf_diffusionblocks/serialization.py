@@ -65,6 +65,18 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def first_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of errors, without temporary paths: ``No space left on device``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = re.sub(r"\s*\(os error \d+\)", "", str(error)).strip()
+    # safetensors and torch wrap the system's words in their own
+    known = re.search(r"No space left on device|Disk quota exceeded|Permission denied|Read-only file system", text)
+    return known.group() if known else text.rstrip(".")
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
@@ -107,7 +119,9 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk arrives as this
-            raise OSError(f"cannot write {path}: {error}. Free disk space or choose another directory.") from error
+            raise OSError(
+                f"cannot write {path}: {first_cause(error)}. Free disk space or choose another directory."
+            ) from error
 
     atomic_write(path, write)
 
@@ -204,6 +218,47 @@ def files_for(index: dict, blocks: Iterable[int] | None) -> list[str]:
                 f"{', '.join(describe_file(name) for name in sorted(present)) or 'nothing'}."
             )
     return sorted(({block_file(b) for b in blocks} | {SHARED_NAME}) & present)
+
+
+class FileFinder:
+    """Finds a file of a model in a directory or on the Hub."""
+
+    def __init__(self, name_or_path: str | os.PathLike, hub_kwargs: dict):
+        self.root, self.kwargs = Path(name_or_path), hub_kwargs
+        self.name = str(name_or_path)
+
+    def __call__(self, name: str) -> Path:
+        if self.root.is_dir():
+            path = self.root / self.kwargs.get("subfolder", "") / name
+            if not path.is_file():
+                raise ValueError(
+                    f"{describe_file(name)} is missing from {path.parent}. "
+                    "Copy or download it again, or load other blocks with blocks=[…]."
+                )
+            return path
+        if self.root.is_absolute() or self.name.startswith("."):
+            raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
+        try:
+            from transformers.utils import cached_file
+
+            return Path(cached_file(self.name, name, **self.kwargs))
+        except OSError as error:
+            raise OSError(f"cannot get {describe_file(name)} of {self.name}: {error}") from error
+
+
+def check_shard_size(state_dict: dict[str, Tensor], limit: int | str) -> None:
+    """Raise a ``ValueError`` if a weight file would be larger than ``limit``: bytes, or text such as ``5GB``."""
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    sizes: dict[str, int] = {}
+    for key, tensor in state_dict.items():
+        sizes[file_of_key(key)] = sizes.get(file_of_key(key), 0) + tensor.numel() * tensor.element_size()
+    name = max(sizes, key=lambda name: sizes[name])
+    if sizes[name] > convert_file_size_to_int(limit):
+        raise ValueError(
+            f"max_shard_size={limit!r}, and {describe_file(name)} takes {sizes[name]:,} bytes: a block lies in "
+            "one file. Leave max_shard_size out, or cut the model into more blocks."
+        )
 
 
 def verify_file(path: Path, index: dict) -> None:

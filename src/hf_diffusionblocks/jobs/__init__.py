@@ -10,7 +10,7 @@ from typing import Any
 
 from ..recipes import Recipe
 from . import images, text
-from .common import Say, family_of, read_recipe_of
+from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
 from .images import build_trainer, load_data, sample
 from .text import sample_text
 
@@ -58,6 +58,7 @@ def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
+    check_model_path(model_dir)
     if recipe.family != "causal_lm" and family_of(model_dir) == "causal_lm":
         raise ValueError(
             f"{model_dir} is a language model, and recipe {recipe.name!r} of family {recipe.family!r} has no text: "
@@ -80,11 +81,13 @@ def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, sa
 
 __all__ = [
     "build_trainer",
+    "check_model_path",
     "convert",
     "encode",
     "evaluate",
     "family_of",
     "load_data",
+    "pick_device",
     "plan",
     "read_recipe_of",
     "sample",

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 MODEL_DIR = "model"
@@ -13,6 +14,23 @@ RECIPE_NAME = "recipe.json"
 FIGURES_NAME = "figures.json"
 
 Say = Callable[[str], None]
+
+
+def pick_device() -> torch.device:
+    """The accelerator's device if there is one, else the CPU: where a command samples, scores and encodes."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def check_model_path(name: str) -> None:
+    """Raise a ``ValueError`` for what looks like a path and is no directory, before the Hub is asked for it.
+
+    A Hub id has exactly one slash, ``user/model``; everything else is a path.
+    """
+    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/")):
+        raise ValueError(
+            f"there is no directory {name}: give a saved model's directory, such as runs/digits-dit/model, or a Hub "
+            "id, user/model."
+        )
 
 
 def new_directory(path: str) -> Path:

@@ -17,6 +17,7 @@ from ..recipes import Recipe
 from ..recipes.families import BYTES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
+from .common import pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
 STREAM_DOCUMENTS = 20_000
@@ -204,4 +205,4 @@ def load_model(model_dir: str) -> tuple[BlockedForCausalLM, PreTrainedTokenizerB
     tokenizer = load_tokenizer(model_dir)
     model = BlockedForCausalLM.from_pretrained(model_dir)
     check_tokenizer(tokenizer, model.config.vocab_size)
-    return model.eval(), tokenizer
+    return model.to(pick_device()).eval(), tokenizer

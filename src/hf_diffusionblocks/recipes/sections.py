@@ -1,13 +1,15 @@
 """The sections of a recipe whose settings are the library's own, per family."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 from ..generation import BRIDGES
-from ..sampling import GRIDS
+from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
 
 MODES = ("decode", "denoise")
+FEATURE_NETWORKS = ("classifier", "inception")
 TRAINED_TOKENIZERS = ("character", "byte", "bpe")
 
 
@@ -81,6 +83,13 @@ class ImageSampling:
     vae: str | None = None
     every: int = 0
 
+    def __post_init__(self) -> None:
+        for name, allowed in (("solver", SOLVERS), ("grid", GRIDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(f"sampling.{name}", getattr(self, name), allowed))
+        _check_whole("sampling", self, num_inference_steps=1, every=0)
+        _check_guidance("sampling", self)
+
 
 @dataclass
 class TextSampling:
@@ -141,6 +150,32 @@ class ImageEvaluation:
     classifier_epochs: int = 10
     classifier_width: int = 32
     feature_network: str = "classifier"
+
+    def __post_init__(self) -> None:
+        whole = {"num_samples": 2, "num_draws": 1, "batch_size": 1, "classifier_epochs": 1, "classifier_width": 1}
+        if self.held_out_samples is not None:
+            whole["held_out_samples"] = 1
+        _check_whole("evaluation", self, **whole)
+        _check_guidance("evaluation", self)
+        if self.feature_network not in FEATURE_NETWORKS:
+            raise ValueError(
+                unknown_name("evaluation.feature_network", self.feature_network, FEATURE_NETWORKS)
+                + " Other networks can be used from Python (hf_diffusionblocks.metrics.ModuleFeatures)."
+            )
+
+
+def _check_whole(section: str, settings: Any, **lowest: int) -> None:
+    """Raise a ``ValueError`` for a setting that is no whole number of at least its lowest value."""
+    for name, low in lowest.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{section}.{name}={value!r} must be a whole number of at least {low}.")
+
+
+def _check_guidance(section: str, settings: Any) -> None:
+    value = settings.guidance_scale
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{section}.guidance_scale={value!r} must be a finite number; 1 switches guidance off.")
 
 
 @dataclass

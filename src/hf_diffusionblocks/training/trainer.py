@@ -22,11 +22,11 @@ from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
 from .block_order import block_schedule
-from .block_trainer import BlockTrainer, Objective
+from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
-from .run_files import EVALUATIONS_NAME, UPDATES_NAME, set_aside, truncate_log
+from .run_files import EVALUATIONS_NAME, UPDATES_NAME, flat_values, set_aside, truncate_log
 
 
 class NonFiniteLossError(RuntimeError):
@@ -142,13 +142,11 @@ class DiffusionBlocksTrainer:
         if len(dataset) == 0:
             raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
         batch = fetch(dataset, list(range(min(4, len(dataset)))))
-        if not isinstance(batch, dict):
-            raise ValueError(
-                f"the {what} data set does not fit the model: a batch holds {type(batch).__name__}; "
-                "give a dict of tensors."
-            )
         try:
+            if not isinstance(batch, dict):
+                raise ValueError(f"a batch holds {type(batch).__name__}; give a dict of tensors.")
             self.model.check_batch(batch)
+            self.model.check_dataset(dataset)
         except ValueError as error:
             raise ValueError(f"the {what} data set does not fit the model: {error}") from error
 
@@ -175,7 +173,7 @@ class DiffusionBlocksTrainer:
         clean_staging(self.output_dir)
         self._resume(resume_from_checkpoint)
         if self.args.report_to:
-            self.accelerator.init_trackers("diffusionblocks", config=_flat(self.args.to_dict()))
+            self.accelerator.init_trackers("diffusionblocks", config=flat_values(self.args.to_dict()))
         self._notify("on_train_begin")
         start = time.perf_counter()
         bar = tqdm(
@@ -216,7 +214,10 @@ class DiffusionBlocksTrainer:
         block = self.schedule[self.iteration]
         if block != self._prepared:
             self._prepare_block(block)
-        self._pending.append(self.trainers[block].step())
+        try:
+            self._pending.append(self.trainers[block].step())
+        except BadSampleError as error:
+            raise ValueError(f"{error} {self._keep_good_state()}") from error
         self.iteration += 1
         self.state.global_step = self.iteration
         bar.update()
@@ -233,6 +234,17 @@ class DiffusionBlocksTrainer:
         if save or self.control.should_save:
             self._save_checkpoint()
         self.control.should_save = self.control.should_evaluate = False
+
+    def _keep_good_state(self) -> str:
+        """Before the run ends at an update that could not be made: save what was learned so far, and say where."""
+        if self.iteration == 0:
+            return "Nothing had been learned yet."
+        if not (self.output_dir / self._name).is_dir():
+            self._save_checkpoint()
+        return (
+            f"What was learned in {self.iteration} iterations is in {self.output_dir / self._name}: load it with "
+            f"{type(self.model).__name__}.from_pretrained to go on with corrected data."
+        )
 
     def _prepare_block(self, block: int) -> None:
         """Before the first update of a block, and before its next one after others were trained or the run resumed."""
@@ -267,8 +279,8 @@ class DiffusionBlocksTrainer:
                 raise NonFiniteLossError(
                     f"the loss of block {row['block']} became {row['loss']} (gradient norm {row['grad_norm']}) in its "
                     f"update {row['update']} (iteration {row['iteration']}), with noise levels from "
-                    f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. The last good checkpoint is "
-                    f"{self._last_checkpoint()}. Lower the learning rate, clip the gradient, or check the data."
+                    f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. {self._last_checkpoint()} "
+                    "Lower the learning rate, clip the gradient, or check the data."
                 )
             rows.append(row)
         with open(self.output_dir / UPDATES_NAME, "a", encoding="utf-8") as file:
@@ -289,7 +301,9 @@ class DiffusionBlocksTrainer:
 
     def _last_checkpoint(self) -> str:
         found = find_checkpoints(self.output_dir)
-        return str(found[-1]) if found else "none yet"
+        if found:
+            return f"The last good checkpoint is {found[-1]}."
+        return f"No checkpoint had been written (save_steps={self.args.save_steps}; give a smaller one to have some)."
 
     @contextlib.contextmanager
     def _finish_update_on_signal(self) -> Iterator[None]:
@@ -413,7 +427,3 @@ class DiffusionBlocksTrainer:
         self._prepared = None
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
             truncate_log(self.output_dir / name, self.iteration)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
