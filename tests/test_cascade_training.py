@@ -318,6 +318,32 @@ def test_checkpointing_changes_no_bit(tmp_path, readout, context):
     assert all(same_tensors(found[0][key], found[1][key]) for key in found[0])
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("readout", ["clean", "exact"])
+def test_a_compiled_block_trains_as_one_that_is_not(tmp_path, monkeypatch, readout):
+    compiled, original = [], torch.nn.Module.compile
+
+    def watched(module: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        compiled.append(type(module).__name__)
+        original(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", watched)
+    losses = []
+    for on in (False, True):
+        model = blocked_lm(readout=readout)
+        trainer = text_trainer(tmp_path / str(on), model, torch_compile=on, max_steps=2, learning_rate=1e-3)
+        trainer.train()
+        losses.append(torch.tensor([row["loss"] for row in updates(tmp_path / str(on))]))
+        if on:  # the state dict's names stay, and every layer runs its compiled form
+            assert model.state_dict().keys() == blocked_lm(readout=readout).state_dict().keys()
+            assert len(compiled) == (8 if readout == "clean" else 6)  # two of them auxiliary
+            layers = [layer for block in range(3) for layer in model.block(block).model.layers]
+            parts = layers if readout == "clean" else [layer.mlp for layer in layers]
+            assert all(part._compiled_call_impl is not None for part in parts)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_trains(tmp_path, architecture):
     trainer = text_trainer(tmp_path, new_lm(architecture), max_steps=2, eval_dataset=TokenRows(8, seed=1))
