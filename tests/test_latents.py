@@ -14,6 +14,7 @@ from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.data import ImageDataset, open_image_dataset
 from hf_diffusionblocks.data.images import load_image_dataset
 from hf_diffusionblocks.evaluation.images import decoded
+from hf_diffusionblocks.jobs import images
 from hf_diffusionblocks.pipelines import decode_latents
 from test_cli import SMALL
 from tiny import perturbed
@@ -98,10 +99,10 @@ def test_decoding_undoes_scale_and_shift():
     latents = (z - vae.config.shift_factor) * vae.config.scaling_factor
     with torch.no_grad():
         torch.testing.assert_close(decode_latents(vae, latents), vae.decode(z).sample, rtol=1e-4, atol=1e-5)
-    images = decoded(ImageDataset(latents, [0, 1]), vae, max_samples=1)
-    assert len(images) == 1 and images.images.dtype == torch.uint8
+    decoded_set = decoded(ImageDataset(latents, [0, 1]), vae, max_samples=1)
+    assert len(decoded_set) == 1 and decoded_set.images.dtype == torch.uint8
     expected = vae.decode(z[:1]).sample.detach().clamp(-1, 1)
-    torch.testing.assert_close(images[[0]]["pixel_values"], expected, rtol=0, atol=1 / 127.5)
+    torch.testing.assert_close(decoded_set[[0]]["pixel_values"], expected, rtol=0, atol=1 / 127.5)
 
 
 def test_images_decoded_row_by_row_are_those_that_are_loaded(tmp_path):
@@ -149,14 +150,14 @@ def test_a_converted_pipeline_samples_the_images_of_the_base(tmp_path, capsys):
     assert "preconditioning vp_epsilon; kept from the base: scheduler, VAE" in capsys.readouterr().out
     pipe = BlockedDiTPipeline.from_pretrained(tmp_path / "out")
     assert pipe.model.config.noise_schedule["beta_end"] == 0.015
-    images = []
+    drawn = []
     for one in (base, pipe):
         one.set_progress_bar_config(disable=True)
         generator = torch.Generator().manual_seed(0)
         settings = {"num_inference_steps": 5, "guidance_scale": 4.0, "generator": generator, "output_type": "np"}
-        images.append(one([1, 7], **settings).images)
-    np.testing.assert_allclose(images[1], images[0], atol=2e-3)
-    assert images[0].std() > 0.01
+        drawn.append(one([1, 7], **settings).images)
+    np.testing.assert_allclose(drawn[1], drawn[0], atol=2e-3)
+    assert drawn[0].std() > 0.01
 
 
 def tiny_vae_without_shift() -> AutoencoderKL:
@@ -185,9 +186,11 @@ def test_a_base_that_predicts_something_else_is_refused():
 
 def test_commands_run_where_the_accelerator_is(folder, tmp_path, monkeypatch):
     assert jobs.pick_device() == (torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
-    assert jobs.pick_device().type == "meta"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("meta"))
+        assert jobs.pick_device().type == "meta"
     moved = []
+    monkeypatch.setattr(images, "pick_device", lambda: torch.device("meta"))
     monkeypatch.setattr(BlockedDiTPipeline, "to", lambda pipe, device: moved.append(device) or pipe)
     BlockedDiTPipeline(BlockedDiTModel.from_base(dit(), num_blocks=2), vae=tiny_vae()).save_pretrained(tmp_path / "m")
     jobs.sample(str(tmp_path / "m"), str(tmp_path / "png"), class_labels=[1], num_inference_steps=1)

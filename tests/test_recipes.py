@@ -185,3 +185,29 @@ def test_resolve_method():
 def test_epochs_stretch_too_when_compute_is_matched():
     recipe = load_recipe("cifar10-dit-s2")
     assert baseline_recipe(recipe, "shallow", "compute").training_arguments().num_train_epochs == 300
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.solver=eulr", "unknown sampling.solver 'eulr': did you mean 'euler'"),
+        ("sampling.grid=karas", "unknown sampling.grid 'karas': did you mean 'karras'"),
+        ("sampling.num_inference_steps=0", "sampling.num_inference_steps=0 must be a whole number of at least 1"),
+        ("sampling.guidance_scale=.nan", "sampling.guidance_scale=nan must be a finite number"),
+        ("sampling.every=-1", "sampling.every=-1 must be"),
+        ("evaluation.num_samples=0", "evaluation.num_samples=0 must be a whole number of at least 2"),
+        ("evaluation.guidance_scale=many", "evaluation.guidance_scale='many' must be a finite number"),
+        (
+            "evaluation.feature_network=incepton",
+            "feature_network 'incepton': did you mean 'inception'",
+        ),
+        ("evaluation.held_out_samples=0", "evaluation.held_out_samples=0 must be"),
+    ],
+)
+def test_how_images_are_sampled_and_scored_is_checked_before_training(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("digits-dit", [override])
+
+
+def test_no_in_yaml_means_no_mixed_precision():
+    assert load_recipe("digits-dit", ["training.mixed_precision=no"]).training_arguments().mixed_precision == "no"

@@ -142,7 +142,7 @@ def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: P
         if differing:
             old, new = (", ".join(f"{name}={pair[i]!r}" for name, pair in differing.items()) for i in (0, 1))
             raise ValueError(
-                f"{checkpoint} belongs to another run: its {group} has {old}; this one {new}. "
+                f"{checkpoint} belongs to another run: its {group} has {old}, this one {new}. "
                 "Use the same settings to resume, or another output_dir (or --overwrite) to start anew."
             )
 
