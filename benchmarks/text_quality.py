@@ -82,7 +82,7 @@ CROSSING = {
 # Name: width, updates, peak learning rate, arms, seeds.
 STUDIES: dict[str, tuple[int, int, float, dict[str, dict], tuple[int, ...]]] = {
     "austen": (48, 1200, 4e-3, AUSTEN, (0, 1, 2)),
-    "crossing": (16, 1000, 8e-3, CROSSING, (0, 1)),
+    "crossing": (16, 700, 8e-3, CROSSING, (0, 1)),
 }
 
 
