@@ -69,9 +69,11 @@ def load_components(name: str) -> tuple[SchedulerMixin | None, AutoencoderKL | N
     scheduler = None
     if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
         scheduler = scheduler_class.from_config(config)
-    try:
-        AutoencoderKL.load_config(name, subfolder="vae")
+    try:  # of a directory without vae/, diffusers takes the config.json at the root
+        config = AutoencoderKL.load_config(name, subfolder="vae")
     except OSError:
+        return scheduler, None
+    if config.get("_class_name") != "AutoencoderKL":
         return scheduler, None
     return scheduler, AutoencoderKL.from_pretrained(name, subfolder="vae")
 
