@@ -274,12 +274,12 @@ def memory() -> None:
 
 
 def align() -> None:
-    """Compare local targets' gradients with the whole network's on four rows of the training text."""
+    """Compare local targets' gradients with the whole network's on two updates' rows of the training text."""
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32)
 
-    found = alignment(base, load(4 // BATCH)[0].ids)
+    found = alignment(base, load(2)[0].ids)
     text = "".join(json.dumps(row) + "\n" for row in found)
     (RESULTS / "smollm2-alignment.jsonl").write_text(text, encoding="utf-8")
 
