@@ -417,7 +417,7 @@ def test_bad_rows_are_named(tmp_path):
 
 def test_damaged_parquet_is_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but nothing else")
-    with pytest.raises(ValueError, match="bad.parquet cannot be read by `datasets`"):
+    with pytest.raises(ValueError, match="bad.parquet .split .train.. cannot be read by `datasets`"):
         load_image_dataset(tmp_path / "bad.parquet")
 
 
