@@ -52,7 +52,7 @@ def _sequential(blocks: int = 3, auxiliary: int = 1, **settings) -> dict:
     return arm(blocks=blocks, order="sequential", auxiliary_layers=auxiliary, **settings)
 
 
-_TEXT_NOISE = {"noise": {"p_mean": -0.35, "p_std": 0.7}}
+_TEXT_NOISE = {"noise": {"p_mean": -0.35, "p_std": 0.7}, "noise_embedding_dim": 48}
 _BALANCED = [1, 2, 3]  # with one auxiliary layer in all but the last block, each block holds at most 3 layers
 
 # "at equal compute": as many FLOPs as "sequential, auxiliary, balanced" spends.
@@ -64,7 +64,7 @@ AUSTEN = {
     "end to end, L/3+1": arm(layers=3),
     "end to end, L/3+1, equal compute": arm(layers=3, updates=3.08),
     "greedy local cross-entropy": arm(blocks=3, order="simultaneous", initialization="default"),
-    "paper (edm, independent)": arm(blocks=3, preset="paper"),
+    "paper (edm, independent)": arm(blocks=3, preset="paper", noise_embedding_dim=48),
     "exact, independent": arm(blocks=3, readout="exact", context="independent", overlap=0.1, **_TEXT_NOISE),
     "exact, cascade": arm(blocks=3, readout="exact", order="simultaneous", initialization="default", **_TEXT_NOISE),
     "sequential": _sequential(auxiliary=0),

@@ -45,3 +45,8 @@ def test_a_block_of_three_holds_a_third_of_weights_gradients_and_moments(rows, c
 def test_activations_over_end_to_end(rows, arm, checkpointing, goal):
     whole, block = rows["end to end", False], rows[arm, checkpointing]
     assert 0 < block.measured.activations / whole.measured.activations <= goal
+
+
+def test_the_noisy_streams_own_parts_are_small(rows):
+    whole, block = rows["end to end", False], rows["two streams", False]
+    assert block.state / whole.state <= 0.385  # at width 192: its input projection and modulation in it

@@ -28,7 +28,7 @@ class CausalLMBlock(nn.Module):
             self.auxiliary.norm = nn.Identity()
         self.noise_embedding = self.modulations = self.noisy_in = self.logit_scale = None
         if config.two_stream:
-            width = min(256, config.hidden_size)
+            width = config.noise_embedding_dim
             self.noise_embedding = NoiseEmbedding(width)
             self.modulations = nn.ModuleList(Modulation(width, config.hidden_size) for _ in layers)
             self.noisy_in = nn.Linear(config.hidden_size, config.hidden_size, bias=False)

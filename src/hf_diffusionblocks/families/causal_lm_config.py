@@ -45,6 +45,8 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         initialization: ``identity`` zeroes the output projections of new layers of auxiliary layers and of all blocks
             but the first of a cascade, so that a block starts by passing on what it gets; ``default`` leaves the
             base's.
+        noise_embedding_dim: width of the noise level's embedding, which modulates the layers of the noisy stream. Each
+            layer has ``6 x hidden_size x noise_embedding_dim`` weights for it.
         pretrained: whether the blocks hold a trained base's weights.
         trained_blocks: blocks that were trained, in order; a cascade's block needs those below it.
 
@@ -61,6 +63,7 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
     context: str = "cascade"
     auxiliary_layers: int = 1
     initialization: str = "identity"
+    noise_embedding_dim: int = 24
     pretrained: bool = False
     trained_blocks: list | None = None
 
@@ -88,6 +91,9 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             raise ValueError(f"auxiliary_layers={self.auxiliary_layers!r} must be a whole number of at least 0.")
         if self.auxiliary_layers < 0:
             raise ValueError(f"auxiliary_layers={self.auxiliary_layers} must be at least 0.")
+        dim = self.noise_embedding_dim
+        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
+            raise ValueError(f"noise_embedding_dim={dim!r} must be an even whole number of at least 2.")
         if self.auxiliary_layers and self.readout != "clean":
             raise ValueError(
                 f"auxiliary_layers={self.auxiliary_layers} needs readout='clean'; with readout={self.readout!r} set it "
