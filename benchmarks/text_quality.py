@@ -257,6 +257,8 @@ def table(study: str, reference: str = "end to end, L") -> str:
     arms = [a for a in STUDIES[study][3] if any(r["arm"] == a for r in rows)]
     if not arms:
         return f"no results of study {study!r} yet: python benchmarks/text_quality.py run {study}"
+    if study == "crossing":
+        reference = "end to end, L, 1x"
     base = {r["seed"]: r for r in rows if r["arm"] == reference}
     lines = [
         f"| arm | seeds | bits per character | minus {reference} (paired) | local losses of blocks | held layers | "

@@ -15,8 +15,8 @@ from ..families.causal_lm_config import BlockedCausalLMConfig
 # Where the small model stops to win, and where it has certainly stopped: tokens read per parameter of its layers, at
 # equal memory and compute. From docs/experiments.md (the crossing of the curves "blocked" and "end to end, small");
 # between the two, it was not measured or depends on the text.
-SMALL_MODEL_WINS_BELOW = 50
-BLOCKS_WIN_ABOVE = 800
+SMALL_MODEL_WINS_BELOW = 400
+BLOCKS_WIN_ABOVE = 1700
 
 
 @dataclass(frozen=True)
