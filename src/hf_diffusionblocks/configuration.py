@@ -31,6 +31,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         noise_scale: factor on ``c_noise`` (``edm``).
         noise_schedule: ``num_train_timesteps``, ``beta_start``, ``beta_end``, ``beta_schedule``, ``trained_betas`` of
             the base's diffusers scheduler (``vp_epsilon``).
+        base_model: Hub id of the pretrained base, if it was loaded from there.
+        base_revision: SHA-256 of the pretrained base's weights; blocks of one model come from the same.
 
     Raises:
         ValueError: for a value that is not allowed; the message names it, what is allowed and how to mend it.
@@ -49,6 +51,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     sigma_data: float = 0.5
     noise_scale: float = 1.0
     noise_schedule: dict | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

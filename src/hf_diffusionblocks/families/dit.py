@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 
+from ..agreement import hub_name, weights_digest
 from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
@@ -248,6 +249,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         """
         if isinstance(base, Mapping):
             return cls(cls.config_from(base, num_blocks, **settings))
+        base_model = hub_name(base)
         base, scheduler = _load_base(base)
         if settings.get("preconditioning") == "vp_epsilon" and "noise_schedule" not in settings and scheduler:
             known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
@@ -256,6 +258,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         with torch.device("meta"):
             model = cls(config)
         weights = base.state_dict()
+        config.base_model, config.base_revision = base_model, weights_digest(weights)
         for block in model.resident_blocks:
             part = {}
             for key in model.block(block).state_dict():
