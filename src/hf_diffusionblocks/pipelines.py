@@ -41,6 +41,11 @@ class BlockedDiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae)
 
+    def enable_block_streaming(self, *args: Any, **kwargs: Any) -> None:
+        """Keep one block of the model on the device and the others in host memory or on disk, fetched in the order of
+        the grid; see :meth:`BlockedDiTModel.enable_block_streaming`. Images are the same, bit for bit."""
+        self.model.enable_block_streaming(*args, **kwargs)
+
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the model samples."""
@@ -135,8 +140,9 @@ class BlockedDiTPipeline(DiffusionPipeline):
                 if callback is not None:
                     callback(step, sigma, z, denoised)
 
-            # z ~ sigma_max N(0, I)   (EDM, arXiv 2206.00364, Alg. 2)
-            return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step)
+            with self.model.expect_blocks([self.model.partition.block_of(sigma) for sigma in sigmas[:-1].tolist()]):
+                # z ~ sigma_max N(0, I)   (EDM, arXiv 2206.00364, Alg. 2)
+                return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step)
 
     def _decode(self, z: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -180,7 +186,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: directory or Hub id.
             **kwargs: ``scheduler``, ``vae`` to replace the saved ones; everything else goes to the model
-                (``dtype``, ``device_map``, ``revision``, …).
+                (``dtype``, ``device_map``, ``revision``, ``block_streaming``, …).
 
         Raises:
             ValueError: if files are missing or broken.

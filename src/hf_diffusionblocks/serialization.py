@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.utils import cached_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARED_NAME = "shared.safetensors"
@@ -112,31 +113,36 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     atomic_write(path, write)
 
 
-def write_weights(directory: Path, state_dict: dict[str, Tensor], beside: Path | None = None) -> None:
+def write_weights(
+    directory: Path, state_dict: dict[str, Tensor] | Iterable[dict[str, Tensor]], beside: Path | None = None
+) -> None:
     """Write a model's weights by block, then the index.
 
     Args:
         directory: where to, a directory without weights.
-        state_dict: the weights.
+        state_dict: the weights; or parts of them, one after the other, each with all that goes into its files.
         beside: a saved model; the new index goes on listing its files of blocks that are not in ``state_dict``.
     """
-    files: dict[str, dict[str, Tensor]] = {SHARED_NAME: {}}
-    for key, tensor in state_dict.items():
-        files.setdefault(file_of_key(key), {})[key] = tensor
-    index = {"metadata": {"sha256": {}, "bytes": {}}, "weight_map": {}}
+    weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for part in [state_dict] if isinstance(state_dict, dict) else state_dict:
+        files: dict[str, dict[str, Tensor]] = {} if SHARED_NAME in digests else {SHARED_NAME: {}}
+        for key, tensor in part.items():
+            files.setdefault(file_of_key(key), {})[key] = tensor
+        for name, tensors in sorted(files.items()):
+            write_tensors(directory / name, tensors)
+            digests[name] = sha256(directory / name)
+            sizes[name] = sum(t.numel() * t.element_size() for t in tensors.values())
+            weight_map.update(dict.fromkeys(tensors, name))
     if beside is not None and (beside / INDEX_NAME).is_file():
         old = read_index(beside / INDEX_NAME)
-        keep = {f for f in set(old["weight_map"].values()) if f not in files and (beside / f).is_file()}
-        index["weight_map"] = {k: f for k, f in old["weight_map"].items() if f in keep}
-        for kind in ("sha256", "bytes"):
-            index["metadata"][kind] = {f: v for f, v in old["metadata"].get(kind, {}).items() if f in keep}
-    for name, tensors in sorted(files.items()):
-        write_tensors(directory / name, tensors)
-        index["metadata"]["sha256"][name] = sha256(directory / name)
-        index["metadata"]["bytes"][name] = sum(t.numel() * t.element_size() for t in tensors.values())
-        index["weight_map"].update(dict.fromkeys(tensors, name))
-    index["metadata"]["total_size"] = sum(index["metadata"]["bytes"].values())
-    write_json(directory / INDEX_NAME, index)
+        keep = {f for f in set(old["weight_map"].values()) if f not in digests and (beside / f).is_file()}
+        weight_map = {k: f for k, f in old["weight_map"].items() if f in keep} | weight_map
+        digests = {f: v for f, v in old["metadata"].get("sha256", {}).items() if f in keep} | digests
+        sizes = {f: v for f, v in old["metadata"].get("bytes", {}).items() if f in keep} | sizes
+    metadata = {"sha256": digests, "bytes": sizes, "total_size": sum(sizes.values())}
+    write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -204,6 +210,30 @@ def files_for(index: dict, blocks: Iterable[int] | None) -> list[str]:
                 f"{', '.join(describe_file(name) for name in sorted(present)) or 'nothing'}."
             )
     return sorted(({block_file(b) for b in blocks} | {SHARED_NAME}) & present)
+
+
+class FileFinder:
+    """Finds a file of a model in a directory or on the Hub."""
+
+    def __init__(self, name_or_path: str | os.PathLike, hub_kwargs: dict):
+        self.root, self.kwargs = Path(name_or_path), hub_kwargs
+        self.name = str(name_or_path)
+
+    def __call__(self, name: str) -> Path:
+        if self.root.is_dir():
+            path = self.root / self.kwargs.get("subfolder", "") / name
+            if not path.is_file():
+                raise ValueError(
+                    f"{describe_file(name)} is missing from {path.parent}. "
+                    "Copy or download it again, or load other blocks with blocks=[…]."
+                )
+            return path
+        if self.root.is_absolute() or self.name.startswith("."):
+            raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
+        try:
+            return Path(cached_file(self.name, name, **self.kwargs))
+        except OSError as error:
+            raise OSError(f"cannot get {describe_file(name)} of {self.name}: {error}") from error
 
 
 def verify_file(path: Path, index: dict) -> None:
