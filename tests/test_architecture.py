@@ -17,6 +17,7 @@ ORDER = [
     "losses",
     "agreement",
     "configuration",
+    "retrying",
     "serialization",
     "weight_headers",
     "repository",

@@ -34,7 +34,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode, _add_recipes):
+    for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
+        add(commands)
+    for add in (_add_merge, _add_push, _add_recipes):
         add(commands)
     return parser
 
@@ -150,6 +152,37 @@ def _add_encode(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=32)
 
 
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "Make one checkpoint out of jobs that trained one block each.",
+        "  diffusionblocks merge runs/block-0 runs/block-1 runs/block-2 --output-dir runs/merged\n"
+        "  diffusionblocks merge runs/block-* --output-dir runs/merged --wait 3600   # for jobs that still run",
+    )
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="a job's run or the model that it saved")
+    parser.add_argument("--output-dir", required=True, help="a new or empty directory")
+    parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="for blocks that are not there yet")
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "push",
+        "Send a saved model, or some of its blocks, to the Hub. The token is that of `hf auth login` or HF_TOKEN.",
+        "  diffusionblocks push runs/digits-dit/model user/digits-dit --dry-run\n"
+        "  diffusionblocks push runs/block-1/model user/digits-dit --block 1   # others push the other blocks",
+    )
+    parser.add_argument("model", help="directory of a saved model")
+    parser.add_argument("repo_id", help="user/model; made if it does not exist")
+    parser.add_argument("--block", type=int, action="append", help="send this block only (repeatable); default: all")
+    parser.add_argument("--revision", help="a branch; made if it does not exist")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--dry-run", action="store_true", help="only tell what would be sent")
+
+
 def _add_recipes(commands: Any) -> None:
     _command(commands, "recipes", "List the recipes that come with the package.", "  diffusionblocks recipes")
 
@@ -208,6 +241,25 @@ def _run(args: argparse.Namespace) -> None:
         jobs.evaluate(args.model, recipe, args.output, args.seed)
     elif args.command == "convert":
         jobs.convert(args.base, args.output_dir, {"num_blocks": args.num_blocks, **_settings(args.settings)})
+    elif args.command == "merge":
+        from .merging import merge_blocks
+
+        merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, say=print)
+        print(f"merged in {merged}")
+    elif args.command == "push":
+        from .repository import push_directory
+
+        push = push_directory(
+            args.model,
+            args.repo_id,
+            blocks=args.block,
+            revision=args.revision,
+            private=args.private,
+            commit_message=args.message,
+            create_pr=args.create_pr,
+            dry_run=args.dry_run,
+        )
+        print(push)
     elif args.command == "encode":
         jobs.encode(load_recipe(args.recipe, args.overrides), args.output_dir, args.split, args.batch_size)
 

@@ -23,6 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.utils import cached_file
 
+from .retrying import NETWORK_ERRORS, Retries, one_line
+
 INDEX_NAME = "model.safetensors.index.json"
 SHARED_NAME = "shared.safetensors"
 _BLOCK_NAME = re.compile(r"block-(\d{2,})\.safetensors")
@@ -231,9 +233,9 @@ class FileFinder:
         if self.root.is_absolute() or self.name.startswith("."):
             raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
         try:
-            return Path(cached_file(self.name, name, **self.kwargs))
-        except OSError as error:
-            raise OSError(f"cannot get {describe_file(name)} of {self.name}: {error}") from error
+            return Path(Retries(failures=3).call(cached_file, self.name, name, **self.kwargs))
+        except NETWORK_ERRORS as error:
+            raise OSError(f"cannot get {describe_file(name)} of {self.name}: {one_line(error)}") from error
 
 
 def verify_file(path: Path, index: dict) -> None:
