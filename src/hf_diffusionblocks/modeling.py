@@ -20,6 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 from . import serialization
 from .agreement import SAME_MODEL, first_difference
 from .configuration import DiffusionBlocksConfig
+from .loading_checks import check_number_of_weights, check_weights
 from .partition import BlockPartition
 from .preconditioning import expand
 from .repository import PushedBlocks
@@ -335,6 +336,8 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         paths = [find(name) for name in serialization.files_for(index, blocks)]
         for path in paths:
             serialization.verify_file(path, index)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            cls._check_files(find, kwargs.get("config"), blocks, paths)
         if blocks is None:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -368,6 +371,17 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             file = serialization.describe_file(serialization.file_of_key(missing[0]))
             raise ValueError(f"{file} lacks {len(missing)} weights of the model, {missing[0]!r} first.")
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def _check_files(
+        cls, find: serialization.FileFinder, config: Any, blocks: Sequence[int] | None, paths: list[Path]
+    ) -> None:
+        """Config and headers agree; nothing is allocated for that."""
+        if not isinstance(config, DiffusionBlocksConfig):
+            config = cls.config_class.from_pretrained(find("config.json").parent)
+        held = range(config.num_blocks) if blocks is None else blocks
+        check_number_of_weights(config.make_partition(), held, paths)
+        check_weights(lambda: cls(config, blocks=blocks), paths)
 
     def print_block_parameters(self) -> None:
         """Print a table of the parameters of each block, in the manner of peft's ``print_trainable_parameters``."""

@@ -206,11 +206,13 @@ class BlockedDiTPipeline(DiffusionPipeline):
         for name, base in (("scheduler", diffusers.SchedulerMixin), ("vae", diffusers.ModelMixin)):
             if name in components or name not in index:
                 continue
-            library, class_name = index[name]
-            component = getattr(diffusers, class_name, None) if library == "diffusers" else None
+            entry = index[name]
+            library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
+            component = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
             if not (isinstance(component, type) and issubclass(component, base)):
                 raise ValueError(f"{_MODEL_INDEX} names {library}.{class_name} as {name}: not a diffusers {name}.")
-            components[name] = component.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub)
+            safe = {"use_safetensors": True} if name == "vae" else {}  # never a pickle
+            components[name] = component.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub, **safe)
         return cls(model, **components)
 
 

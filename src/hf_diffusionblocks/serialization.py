@@ -16,6 +16,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +28,7 @@ from .retrying import NETWORK_ERRORS, Retries, one_line
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARED_NAME = "shared.safetensors"
+_MAX_JSON_BYTES = 64 * 2**20
 _BLOCK_NAME = re.compile(r"block-(\d{2,})\.safetensors")
 
 
@@ -81,11 +83,21 @@ def read_json(path: Path) -> dict:
         ValueError: if the file is not one.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Save or download it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object. Save or download it again.")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
     return value
 
 
@@ -180,9 +192,12 @@ def read_index(path: Path) -> dict:
         ValueError: if it is not JSON, has no weight map, or names a file that is not one of a blocked model's.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         weight_map, metadata = index["weight_map"], index["metadata"]
         well_formed = isinstance(weight_map, dict) and isinstance(metadata, dict)
+        well_formed &= all(isinstance(metadata.get(kind, {}), dict) for kind in ("sha256", "bytes"))
+        well_formed &= all(isinstance(digest, str) for digest in metadata.get("sha256", {}).values())
+        well_formed &= all(isinstance(n, int) and 0 <= n < 2**63 for n in metadata.get("bytes", {}).values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a safetensors index ({error}). Save or download the model again.") from error
     if not well_formed:
@@ -193,6 +208,8 @@ def read_index(path: Path) -> dict:
                 f"{path} maps {key!r} to {name!r}, which is not a file of a blocked model "
                 f"({SHARED_NAME} or block-NN.safetensors)."
             )
+        if name != file_of_key(key):
+            raise ValueError(f"{path} maps {key!r} to {name!r}; it belongs in {file_of_key(key)!r}.")
     return index
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from ..config_checks import check_sizes
 from ..configuration import DiffusionBlocksConfig
 from ..suggest import unknown_name
 
@@ -25,6 +26,16 @@ PRESETS = {
 }
 
 
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 _LEGACY = ("rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 # Settings that change what flows between the modules of a decoder.
 _OUTSIDE = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "final_logit_softcapping")
@@ -87,6 +98,7 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
 
     def complete_base_config(self, base_config: dict) -> dict:
         model_type = base_config.get("model_type")
+        check_sizes(base_config, _SIZES, optional=True)
         if model_type is None:
             raise ValueError("base_config has no model_type: give the config of a decoder, such as 'llama'.")
         try:
@@ -95,6 +107,8 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             raise ValueError(
                 f"base_config's model_type={model_type!r} is not known to transformers: {error}"
             ) from error
+        except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+            raise ValueError(f"base_config does not describe a {model_type!r} model: {error!r}.") from error
         full = config.to_dict()
         if "num_hidden_layers" not in full:
             raise ValueError(
