@@ -94,7 +94,7 @@ class Streamer:
         self._here: dict[int, Arrival] = {}
         self._coming: dict[str, tuple[int, Future[Arrival]]] = {}
         self._spare: list[Tensor] = []
-        self._order, self._place = [], -1
+        self._order, self._place = [], 0  # by number, from the first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="block-streaming")
         self._stores: list[Future] = []
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -145,7 +145,7 @@ class Streamer:
             self.visitor = block
             if self.on_visit is not None:
                 self.on_visit(block)
-        if self.prefetch:
+        if self.prefetch and (block != self.pinned or self.visitor is not None):  # else others may not be needed
             following = self._following(block)
             if following not in (None, self.pinned, self.visitor) and "visit" not in self._coming:
                 self._coming["visit"] = (following, self._fetch(following, self.visit_kinds, False))
@@ -154,7 +154,7 @@ class Streamer:
     def expect(self, order: Sequence[int]) -> Iterator[None]:
         """For as long as it lasts, visits come in this order, over and over."""
         before = self._order, self._place
-        self._order, self._place = [block for block, _ in groupby(order)], -1
+        self._order, self._place = [block for block, _ in groupby(order)], 0
         if self._coming.get("visit", (order[0],))[0] not in (order[0], self.visitor):
             self._forget("visit")
         try:
@@ -329,12 +329,13 @@ class Streamer:
 
     def _following(self, block: int) -> int | None:
         """The next other block in the expected order, from where the last visit stood; by default by number."""
-        if block not in self._order:
+        order = self._order or sorted(map(int, self.blocks))
+        if block not in order:
             return None
-        count = len(self._order)
-        start = max(self._place, 0) if self._order[self._place] == block else self._place + 1
-        self._place = next(i % count for i in range(start, start + count) if self._order[i % count] == block)
-        ring = (self._order[(self._place + i) % count] for i in range(1, count))
+        count = len(order)
+        start = max(self._place, 0)
+        self._place = next(i % count for i in range(start, start + count) if order[i % count] == block)
+        ring = (order[(self._place + i) % count] for i in range(1, count))
         return next((b for b in ring if b not in (block, self.pinned)), None)
 
     def __reduce__(self) -> Any:
