@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer
+from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.memory import measure_step
 from hf_diffusionblocks.streaming import Layout, stream_blocks
 from hf_diffusionblocks.training.residency import StreamedResidency
@@ -297,3 +298,18 @@ def test_signals_save_a_checkpoint_with_every_block(tmp_path):
     whole = make_trainer(tmp_path / "whole", steps_per_visit=2)
     whole.train()
     same_everything(again, everything(whole))
+
+
+def test_the_commands_train_and_sample_with_one_block_at_a_time(tmp_path, capsys):
+    recipe = ["digits-dit", "model.num_layers=3", "model.num_attention_heads=2", "model.attention_head_dim=8"]
+    recipe += ["training.max_steps=2", "training.save_steps=0", "training.cpu=true", "training.disable_tqdm=true"]
+    pictures = {}
+    for place, streaming in (("device", []), ("disk", ["--block-streaming", "disk"])):
+        folder = tmp_path / place
+        train = ["train", *recipe, "--residency", place, "--no-report", "--output-dir", str(folder)]
+        assert main(train) == 0, capsys.readouterr().err
+        picture = ["sample", str(folder / "model"), "--output-dir", str(folder / "png"), "--steps", "4", *streaming]
+        assert main([*picture, "--classes", "1", "2"]) == 0, capsys.readouterr().err
+        pictures[place] = [p.read_bytes() for p in sorted((folder / "png").glob("0*.png"))]
+        pictures[place] += [p.read_bytes() for p in sorted((folder / "model").glob("*.safetensors"))]
+    assert pictures["device"] == pictures["disk"] and len(pictures["disk"]) == 6

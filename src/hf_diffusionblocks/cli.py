@@ -88,6 +88,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--method", choices=("blocked", "end_to_end", "shallow"), help="blocked training or a baseline")
     parser.add_argument("--match", choices=("updates", "compute"), help="what a shallow baseline matches")
     parser.add_argument("--block", type=int, action="append", help="hold and train this block only (repeatable)")
+    parser.add_argument(
+        "--residency",
+        choices=("device", "host", "disk"),
+        help="where blocks rest while others train; host and disk keep one block's state on the device",
+    )
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on from a checkpoint")
     parser.add_argument("--no-report", action="store_true", help="do not sample, draw and score at the end")
 
@@ -109,6 +114,9 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--solver", default="euler", help="euler or heun (default: %(default)s)")
     parser.add_argument("--grid", default="karras", help="karras or equal_probability (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--block-streaming", choices=("host", "disk"), help="keep one block's weights on the device, the others there"
+    )
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -229,6 +237,7 @@ def _run(args: argparse.Namespace) -> None:
             solver=args.solver,
             grid=args.grid,
             seed=args.seed,
+            block_streaming=args.block_streaming,
         )
     elif args.command == "evaluate":
         if args.recipe is not None:
@@ -274,6 +283,8 @@ def _train(args: argparse.Namespace) -> None:
     overrides = list(args.overrides)
     overrides += [f"{name}={value}" for name in ("method", "match") if (value := getattr(args, name)) is not None]
     recipe = load_recipe(args.recipe, overrides)
+    if args.residency is not None:
+        recipe.training["residency"] = args.residency
     if args.output_dir is not None:
         recipe.training["output_dir"] = args.output_dir
     elif "output_dir" not in recipe.training:

@@ -19,6 +19,7 @@ from .pipelines import BlockedDiTPipeline
 from .recipes import Recipe
 from .training import DiffusionBlocksTrainer
 from .training.checkpoint import find_checkpoints
+from .training.residency import construction
 
 MODEL_DIR = "model"
 FIGURES_DIR = "figures"
@@ -60,7 +61,7 @@ def build_trainer(
 ) -> DiffusionBlocksTrainer:
     """The trainer of a recipe. The model's initial weights follow from the training seed."""
     args = recipe.training_arguments()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), construction(args):
         torch.manual_seed(args.seed)
         model = recipe.build_model(blocks)
     if train.class_names and len(train.class_names) == model.config.num_classes:
@@ -288,12 +289,13 @@ def sample(
     solver: str = "euler",
     grid: str = "karras",
     seed: int = 0,
+    block_streaming: str | None = None,
     say: Say = print,
 ) -> list[Path]:
     """``diffusionblocks sample``: PNG files and one picture of them all."""
     from . import plots
 
-    pipe = BlockedDiTPipeline.from_pretrained(model_dir)
+    pipe = BlockedDiTPipeline.from_pretrained(model_dir, block_streaming=block_streaming)
     names = [pipe.model.config.id2label.get(i, str(i)) for i in range(pipe.model.config.num_classes)]
     if class_labels is None:
         class_labels = list(range(min(10, pipe.model.config.num_classes)))

@@ -285,8 +285,8 @@ class Streamer:
     def _store(self, block: int, home: Home, flat: Tensor | None, values: list[Tensor]) -> None:
         start = time.perf_counter()
         with self._copying():
-            if self._copies is not None:
-                for value in values:
+            for value in values:
+                if value.is_cuda:  # made on another stream, and let go before this one has read it
                     value.record_stream(self._copies)
             home.store(flat, values)
         self.trace.append(Transfer("store", block, start, time.perf_counter(), home.layout.nbytes))

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from ..modeling import BlockedPreTrainedModel
-from ..streaming import WEIGHTS
+from ..streaming import WEIGHTS, stream_blocks
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_trainer import BlockTrainer
 
@@ -85,10 +86,7 @@ class StreamedResidency(Residency):
         self.model = model
         self.trainers = {}
         if model.streamer is None:
-            path = folder if home == "disk" else None
-            if path is not None:
-                path.mkdir(parents=True, exist_ok=True)
-            model.enable_block_streaming(device, offload_to_disk_path=path)
+            model.enable_block_streaming(device, offload_to_disk_path=folder if home == "disk" else None)
         self.streamer = model.streamer
         is_at = ("disk" if self.streamer.to_disk else "host", self.streamer.device.type)
         if is_at != (home, device.type):
@@ -184,11 +182,21 @@ def _plain(value: object) -> Iterator[Tensor]:
         yield value
 
 
+def construction(args: DiffusionBlocksTrainingArguments) -> contextlib.AbstractContextManager:
+    """A context in which a model made from a config is made where its blocks will rest, block by block."""
+    if args.residency == "device":
+        return contextlib.nullcontext()
+    return stream_blocks(args.residency, device=PartialState(cpu=args.cpu).device, folder=_folder(args))
+
+
+def _folder(args: DiffusionBlocksTrainingArguments) -> Path:
+    return Path(args.residency_dir or Path(args.output_dir) / "residency")
+
+
 def make_residency(
     model: BlockedPreTrainedModel, args: DiffusionBlocksTrainingArguments, device: torch.device
 ) -> Residency:
     """The residency that the arguments ask for; moves the model there."""
     if args.residency == "device":
         return Residency(model, device)
-    folder = Path(args.residency_dir or Path(args.output_dir) / "residency")
-    return StreamedResidency(model, device, args.residency, folder)
+    return StreamedResidency(model, device, args.residency, _folder(args))
