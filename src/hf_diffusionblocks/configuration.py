@@ -65,7 +65,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._check_types()
-        super().__post_init__(**kwargs)
+        try:
+            super().__post_init__(**kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ValueError(f"a setting of transformers' configs (id2label, say) is malformed: {error}.") from error
         self.base_config = self.complete_base_config(dict(self.base_config or {}))
         check_number_of_layers(self.num_layers)
         if self.partition not in PARTITIONS:

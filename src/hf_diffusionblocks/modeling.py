@@ -325,6 +325,8 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             # All files of one commit, whatever is pushed meanwhile.
             find.kwargs["revision"] = kwargs["revision"] = commit
         index = serialization.read_index(index_path)
+        if not isinstance(kwargs.get("config"), DiffusionBlocksConfig):
+            find("config.json")  # transformers then finds it in the cache
         if blocks is not None:
             config = kwargs.pop("config", None) or pretrained_model_name_or_path
             if not isinstance(config, DiffusionBlocksConfig):

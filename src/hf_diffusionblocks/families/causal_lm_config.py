@@ -82,6 +82,10 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             raise ValueError(f"auxiliary_layers={self.auxiliary_layers!r} must be a whole number of at least 0.")
         if self.auxiliary_layers < 0:
             raise ValueError(f"auxiliary_layers={self.auxiliary_layers} must be at least 0.")
+        if self.auxiliary_layers > self.num_layers:
+            raise ValueError(
+                f"auxiliary_layers={self.auxiliary_layers} is more than the {self.num_layers} layers of the model."
+            )
         if self.auxiliary_layers and self.readout != "clean":
             raise ValueError(
                 f"auxiliary_layers={self.auxiliary_layers} needs readout='clean'; with readout={self.readout!r} set it "
@@ -107,7 +111,7 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             raise ValueError(
                 f"base_config's model_type={model_type!r} is not known to transformers: {error}"
             ) from error
-        except (TypeError, AttributeError, KeyError, IndexError, ArithmeticError) as error:
+        except Exception as error:  # the values may be a stranger's, and the class's own checks raise of many kinds
             raise ValueError(f"base_config does not describe a {model_type!r} model: {error!r}.") from error
         full = config.to_dict()
         if "num_hidden_layers" not in full:

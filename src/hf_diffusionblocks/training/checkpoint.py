@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -111,6 +112,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is corrupted ({error!r}). {advice}") from error
     if digest != _digest(state):
         raise ValueError(f"{path} is corrupted: its SHA-256 is not the recorded one. {advice}")
+    well_formed = all(isinstance(state.get(k), dict) for k in ("files", "blocks", "identity"))
+    if not well_formed or not isinstance(state.get("iteration"), int):
+        raise ValueError(f"{path} is corrupted: it lacks files, blocks, identity or iteration. {advice}")
     for name, digest in state["files"].items():
         file = checkpoint / Path(name).name
         problem = None
@@ -167,7 +171,14 @@ def load_checkpoint(
         model.block(block).load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
         del weights
         path = checkpoint / f"optimizer-{block:02d}.pt"
-        optimizer = torch.load(path, map_location=device, weights_only=True, mmap=streamed)
+        try:
+            optimizer = torch.load(path, map_location=device, weights_only=True, mmap=streamed)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            named = serialization.describe_file(path.name)
+            raise ValueError(
+                f"{named} in {checkpoint} cannot be read: it is broken, or holds more than tensors and numbers. "
+                f"Remove {checkpoint} and resume from an older one."
+            ) from error
         ema = serialization.read_tensors(checkpoint / f"ema-{block:02d}.safetensors")
         trainer.load(optimizer, state["blocks"][str(block)], ema)
         del optimizer, ema
