@@ -7,6 +7,7 @@ from torch import Tensor
 
 from hf_diffusionblocks import DiffusionBlocksTrainer
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
+from hf_diffusionblocks.memory import measure_step
 from hf_diffusionblocks.objectives import ExactNextTokenPrediction, default_objective
 from runs import arguments, everything, make_trainer
 from tiny import tiny_dit
@@ -143,3 +144,16 @@ def test_settings_that_do_not_go_with_exact_gradients_are_refused(tmp_path):
             DiffusionBlocksTrainer(model, args, Rows())
     with pytest.raises(ValueError, match="gradient='maybe'|gradient"):
         make_trainer(tmp_path, gradient="maybe")
+
+
+def test_one_blocks_activations_exist_at_a_time(tmp_path):
+    def activations(num_blocks: int, **settings) -> int:
+        model = blocked_lm(num_blocks=num_blocks, num_layers=12, auxiliary_layers=0)
+        args = arguments(tmp_path, residency="host", max_steps=1, **settings)
+        trainer = DiffusionBlocksTrainer(model, args, Rows())
+        trainer.residency.pin(0)
+        return measure_step(trainer.trainers[0]).activations
+
+    whole, exact = activations(1), activations(6, gradient="exact")
+    starts = 6 * 4 * 12 * 16 * 4  # what each block starts from: batch x tokens x width, float32
+    assert exact - starts < 0.45 * whole  # a sixth of the layers, and the head's part, which does not divide
