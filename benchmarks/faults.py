@@ -43,7 +43,7 @@ from hf_diffusionblocks import (  # noqa: E402
     BlockedDiTModel,
     DiffusionBlocksTrainer,
     DiffusionBlocksTrainingArguments,
-    retrying,  # noqa: E402
+    retrying,
 )
 from hf_diffusionblocks.merging import merge_blocks  # noqa: E402
 from hf_diffusionblocks.repository import push_directory  # noqa: E402

@@ -130,7 +130,8 @@ JUNK = st.recursive(
 def test_any_value_in_a_config_loads_or_is_refused(originals, tmp_path_factory, family, data):
     with copied(originals[family], tmp_path_factory.getbasetemp()) as directory:
         config = json.loads((directory / "config.json").read_text())
-        names = [(k,) for k in sorted(config)] + [("base_config", k) for k in sorted(config["base_config"])]
+        # transformers itself looks a model_type up before a class of ours is asked
+        names = [(k,) for k in sorted(config) if k != "model_type"] + [("base_config", k) for k in sorted(config["base_config"])]
         keys = data.draw(st.sampled_from(names))
         change_json(directory / "config.json", *keys, value=data.draw(JUNK))
         with little_room(), as_users_run():
