@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-memory test test-slow lint bench clean
+.PHONY: help install demo demo-text demo-memory test test-slow lint bench clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ demo: $(STAMP) ## Train a blocked DiT on the digits data set and write its repor
 
 demo-memory: $(STAMP) ## Train and sample a model under a memory limit that refuses it end to end (a few minutes)
 	$(PY) benchmarks/limited_memory.py
+
+demo-text: $(STAMP) ## Train a blocked Llama on Python's documentation and write its report to runs/pydoc-llama
+	$(PY) -m hf_diffusionblocks train pydoc-llama --output-dir runs/pydoc-llama
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="tests/test_data.py -k digits" for some of them)
 	$(PY) -m pytest $(PYTEST_ARGS)

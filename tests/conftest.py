@@ -29,7 +29,7 @@ import jaxtyping  # noqa: E402
 jaxtyping.install_import_hook(
     [
         f"hf_diffusionblocks.{module}"
-        for module in ("noise", "partition", "preconditioning", "objectives", "sampling", "conditioning")
+        for module in ("noise", "partition", "preconditioning", "objectives", "sampling", "conditioning", "likelihood")
     ],
     "beartype.beartype",
 )

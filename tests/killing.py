@@ -7,7 +7,10 @@
 - in ``DIRECTORY/stopped`` with SIGTERM and SIGINT at random instants, resumed each time,
 - in ``DIRECTORY/point-K`` killed at the K-th file operation of a checkpoint's writing, K = 0, S, 2 S, ...,
 
-each time to the end, and writes what happened to ``DIRECTORY/report.json``.
+each time to the end, and writes what happened to ``DIRECTORY/report.json``. With ``--text`` the model is a cascade of
+a language model, trained block after block on lower blocks' outputs kept on disk; then the last kind is
+
+- in ``DIRECTORY/outputs-K`` killed at the K-th file operation or batch of writing these outputs.
 """
 
 import argparse
@@ -28,18 +31,26 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import torch  # noqa: E402
 
 from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments  # noqa: E402
+from hf_diffusionblocks.training import cascade as cascade_module  # noqa: E402
 from hf_diffusionblocks.training import checkpoint as checkpoint_module  # noqa: E402
+from hf_diffusionblocks.training import trainer as trainer_module  # noqa: E402
 from tiny import TinyImages, tiny_dit  # noqa: E402
+from tiny_text import TokenRows, new_lm  # noqa: E402
 
 torch.set_num_threads(1)  # no thread pool before the forks
 
 INTERRUPTED = 3
+TEXT = False  # set by --text
 
 
 def trainer_of(output_dir: Path, **settings: Any) -> DiffusionBlocksTrainer:
-    """A run with everything that has state: dropout, averages, warm-up and decay, accumulation, clipping, flips."""
-    model = tiny_dit(3, 3, base_config={"dropout": 0.1})
-    defaults = {
+    """A run with everything that has state: dropout, averages, warm-up and decay, accumulation, clipping, flips.
+
+    With ``TEXT``: and lower blocks' outputs, and auxiliary layers that are handed over.
+    """
+    model = new_lm() if TEXT else tiny_dit(3, 3, base_config={"dropout": 0.1})
+    own = {"lower_outputs": "disk", "hand_over": True} if TEXT else {"horizontal_flip": True}
+    defaults = own | {
         "output_dir": str(output_dir),
         "max_steps": 8,
         "per_device_train_batch_size": 4,
@@ -48,14 +59,13 @@ def trainer_of(output_dir: Path, **settings: Any) -> DiffusionBlocksTrainer:
         "lr_scheduler_type": "cosine",
         "warmup_steps": 3,
         "weight_decay": 0.01,
-        "horizontal_flip": True,
         "save_steps": 3,
         "logging_steps": 4,
         "disable_tqdm": True,
         "cpu": True,
     }
     args = DiffusionBlocksTrainingArguments(**(defaults | settings))
-    return DiffusionBlocksTrainer(model, args, TinyImages(30))
+    return DiffusionBlocksTrainer(model, args, TokenRows(30) if TEXT else TinyImages(30))
 
 
 def fork(action: Callable[[], None]) -> int:
@@ -147,9 +157,22 @@ class KillAt:
                 os._exit(0)  # nothing left to be killed at
             return path
 
-        import hf_diffusionblocks.training.trainer as trainer_module
-
         trainer_module.write_checkpoint = armed
+
+    def install_for_outputs(self) -> None:
+        """The same for the writing of lower blocks' outputs, and the batches of it."""
+        for module, name in (*((os, name) for name in (*self.NAMES, "posix_fallocate")), (cascade_module, "fetch")):
+            original = getattr(module, name)
+            setattr(module, name, lambda *a, original=original, **k: (self.step(), original(*a, **k))[1])
+        compute = trainer_module.lower_outputs
+
+        def armed(*args: Any) -> Any:
+            self.armed = True
+            result = compute(*args)
+            os._exit(0)  # nothing left to be killed at
+            return result
+
+        trainer_module.lower_outputs = armed
 
     def step(self) -> None:
         if self.armed:
@@ -178,14 +201,38 @@ def kill_at_points(directory: Path, stride: int, **settings: Any) -> dict[str, A
         points[target.name]["final"] = status_of(fork(lambda target=target: train(target, **settings)))
 
 
+def kill_at_outputs(directory: Path, **settings: Any) -> dict[str, Any]:
+    """Kill runs at each operation of the writing of block 0's outputs; resume each to the end."""
+    points: dict[str, Any] = {}
+    while True:
+        at = len(points)
+        target = directory / f"outputs-{at}"
+
+        def killed(target: Path = target, at: int = at) -> None:
+            KillAt(at, iteration=0).install_for_outputs()
+            train(target, **settings)
+
+        status = status_of(fork(killed))
+        if status != -signal.SIGKILL:
+            assert status == 0, f"the run failed at operation {at}"
+            shutil.rmtree(target)
+            return points
+        found = sorted(p.name for p in (target / "lower-outputs").glob("*")) if target.is_dir() else []
+        points[target.name] = {"status": status, "found": found}
+        points[target.name]["final"] = status_of(fork(lambda target=target: train(target, **settings)))
+
+
 def main() -> None:
+    global TEXT
     parser = argparse.ArgumentParser()
     parser.add_argument("directory", type=Path)
     parser.add_argument("--kills", type=int, default=6)
     parser.add_argument("--stops", type=int, default=2)
     parser.add_argument("--stride", type=int, default=1, help="S")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--text", action="store_true", help="a cascade of a language model")
     options = parser.parse_args()
+    TEXT = options.text
     root = options.directory
     trainer_of(root / "unused")  # what is imported late is imported once
     report: dict[str, Any] = {}
@@ -198,7 +245,10 @@ def main() -> None:
     report["stopped"] = interrupt_at_random(root / "stopped", options.stops, seconds, stops, options.seed + 1)
     settings = {"max_steps": 3, "save_total_limit": 1}
     report["short"] = status_of(fork(lambda: train(root / "short", **settings)))
-    report["points"] = kill_at_points(root, options.stride, **settings)
+    if TEXT:
+        report["outputs"] = kill_at_outputs(root, **settings)
+    else:
+        report["points"] = kill_at_points(root, options.stride, **settings)
     (root / "report.json").write_text(json.dumps(report))
 
 

@@ -4,6 +4,7 @@ from huggingface_hub import ModelCard
 
 from hf_diffusionblocks.hub import model_card, write_model_card
 from tiny import tiny_dit
+from tiny_text import blocked_lm
 
 
 def test_card_round_trips_with_metadata_and_figures(tmp_path):
@@ -33,3 +34,12 @@ def test_card_without_figures_says_so(tmp_path):
     card = model_card(tiny_dit(num_blocks=1), title="tiny", usage="pass")
     assert "None were measured." in str(card)
     assert card.data.eval_results is None
+
+
+def test_card_of_a_language_model_says_how_its_blocks_were_trained():
+    text = str(model_card(blocked_lm(), title="tiny", usage="pass", pipeline_tag="text-generation"))
+    assert "next token" in text and "auxiliary layer" in text and "Readout: clean. Context: cascade." in text
+    assert "score matching" not in text
+    independent = model_card(blocked_lm(preset="paper"), title="tiny", usage="pass", base_model="user/base")
+    assert "user/base cut into 3 blocks" in str(independent) and "its own range of noise levels" in str(independent)
+    assert independent.data.base_model == "user/base"

@@ -427,3 +427,21 @@ def test_a_teacher_s_weights_count_in_a_measured_step():
     held = sum(t.numel() * t.element_size() for t in [*teacher.parameters(), *teacher.buffers()])
     assert taught.weights - plain.weights == held
     assert (taught.gradients, taught.moments, taught.ema) == (plain.gradients, plain.moments, plain.ema)
+
+
+# -- what a plan is made from ------------------------------------------------------------------------------------
+
+
+def test_a_plan_takes_a_directory_or_a_bases_config_as_from_base_does(tmp_path):
+    from diffusers import DiTTransformer2DModel
+
+    from hf_diffusionblocks import plan_memory
+    from hf_diffusionblocks.families.dit import BlockedDiTConfig
+
+    base = {"num_layers": 4, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "in_channels": 1}
+    expected = plan_memory(BlockedDiTConfig(base_config=base, num_blocks=2)).to_dict()
+    assert plan_memory(base, 2).to_dict() == expected
+    DiTTransformer2DModel(**base).save_pretrained(tmp_path / "dit")
+    assert plan_memory(tmp_path / "dit", 2).to_dict() == expected
+    with pytest.raises(ValueError, match="plan_memory takes a blocked model, its config, a directory"):
+        plan_memory(3)

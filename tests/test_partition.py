@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch.testing import assert_close
 
+from hf_diffusionblocks.configuration import DiffusionBlocksConfig
 from hf_diffusionblocks.noise import LogNormalNoise, equal_probability_grid
-from hf_diffusionblocks.partition import BlockPartition
+from hf_diffusionblocks.partition import BlockPartition, InformationProfile, balanced_layers
 from test_noise import noises, reference
 from tiny import as_users_run
 
@@ -175,6 +176,96 @@ def test_edges_do_not_depend_on_the_default_device():
     with torch.device("meta"):
         inside = BlockPartition.equal_probability(4, 8)
     assert inside == BlockPartition.equal_probability(4, 8)
+
+
+# -- equal information -------------------------------------------------------------------------------------------
+
+
+@st.composite
+def profiles(draw: st.DrawFn) -> tuple[InformationProfile, LogNormalNoise]:
+    noise = draw(noises())
+    num_bins = draw(st.integers(1, 20))
+    edges = np.geomspace(noise.sigma_max, noise.sigma_min, num_bins + 1)
+    edges[0], edges[-1] = noise.sigma_max, noise.sigma_min
+    nats = draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 10)), min_size=num_bins, max_size=num_bins))
+    nats[draw(st.integers(0, num_bins - 1))] = 1.0
+    return InformationProfile(tuple(edges), tuple(nats)), noise
+
+
+@given(profiles(), st.integers(1, 12), st.data())
+def test_every_block_owns_the_same_information(measured, num_layers, data):
+    profile, noise = measured
+    num_blocks = data.draw(st.integers(1, num_layers))
+    partition = BlockPartition.equal_information(profile, num_blocks, num_layers, noise)
+    assert (partition.edges[0], partition.edges[-1]) == (profile.edges[0], profile.edges[-1])
+    assert partition.layers_per_block == BlockPartition.uniform(num_blocks, num_layers).layers_per_block
+    above = [profile.above(edge) for edge in partition.edges]
+    np.testing.assert_allclose(np.diff(above), profile.total / num_blocks, rtol=0, atol=1e-6 * profile.total)
+
+
+def test_equal_information_edges_of_a_profile_by_hand():
+    """Information grows evenly in log sigma within a bin."""
+    edges, nats = [100.0, 1.0, 0.01, 0.0001], [2.0, 1.0, 1.0]
+    partition = BlockPartition.equal_information((edges, nats), 4, 8, overlap=0.1)
+    np.testing.assert_allclose(partition.edges, [100, 10, 1, 0.01, 0.0001], rtol=1e-12)
+    assert partition.overlap == 0.1 and partition.layers_per_block == (2, 2, 2, 2)
+    assert BlockPartition.equal_information((edges, nats), 2, 8).edges == (100.0, 1.0, 0.0001)
+    uneven = BlockPartition.equal_information((edges, nats), 2, 8, layers_per_block=(5, 3))
+    assert uneven.layers_per_block == (5, 3)
+
+
+def test_a_range_without_information_goes_to_the_noisier_block():
+    profile = InformationProfile((100.0, 10.0, 1.0, 0.1), (1.0, 0.0, 1.0))
+    assert profile.level(1.0) == pytest.approx(1.0) and profile.above(3.0) == pytest.approx(1.0)
+    assert BlockPartition.equal_information(profile, 2, 2).edges == pytest.approx((100.0, 1.0, 0.1))
+
+
+def test_equal_information_is_equal_probability_where_information_is_the_training_distribution():
+    noise = LogNormalNoise()
+    edges = np.geomspace(80.0, 0.002, 2001)
+    edges[0], edges[-1] = 80.0, 0.002
+    mass = -np.diff(noise.cdf(torch.tensor(edges)).numpy())
+    partition = BlockPartition.equal_information((edges.tolist(), mass.clip(0).tolist()), 4, 8, noise)
+    np.testing.assert_allclose(partition.edges, BlockPartition.equal_probability(4, 8).edges, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "edges, nats, message",
+    [
+        ([80.0, 1.0, 0.002], [1.0], "a profile of 1 nats has 3 edges: N bins have N . 1 edges"),
+        ([80.0], [], "a profile of 0 nats has 1 edges"),
+        ([0.002, 1.0, 80.0], [1.0, 1.0], "strictly descending"),
+        ([80.0, 1.0, 0.0], [1.0, 1.0], "positive and strictly descending"),
+        ([math.inf, 1.0, 0.002], [1.0, 1.0], "finite"),
+        ([80.0, math.nan, 0.002], [1.0, 1.0], "strictly descending"),
+        ([80.0, 1.0, 0.002], [1.0, -0.5], "a bin of -0.5 nats"),
+        ([80.0, 1.0, 0.002], [math.nan, 1.0], "a bin of nan nats"),
+        ([80.0, 1.0, 0.002], [0.0, 0.0], "bins are all 0: there is no information to share"),
+    ],
+)
+def test_profiles_that_are_none_are_refused(edges, nats, message):
+    with pytest.raises(ValueError, match=message):
+        BlockPartition.equal_information((edges, nats), 2, 4)
+
+
+def test_a_profile_of_another_noise_range_is_refused():
+    profile = InformationProfile((80.0, 1.0, 0.002), (1.0, 1.0))
+    with pytest.raises(ValueError, match="the profile ends at 80.0, the noise range at sigma_max=60.0"):
+        BlockPartition.equal_information(profile, 2, 4, LogNormalNoise(sigma_max=60.0))
+    with pytest.raises(ValueError, match="the profile ends at 0.002, the noise range at sigma_min=0.01"):
+        BlockPartition.equal_information(profile, 2, 4, LogNormalNoise(sigma_min=0.01))
+    with pytest.raises(ValueError, match="num_blocks=5 is more than the 4 layers"):
+        BlockPartition.equal_information(profile, 5, 4)
+
+
+def test_a_config_holds_the_edges_of_equal_information():
+    partition = BlockPartition.equal_information(([80.0, 1.0, 0.2, 0.002], [1.0, 2.0, 0.5]), 3, 6)
+    settings = {"base_config": {"num_layers": 6}, "partition": "equal_information"}
+    config = DiffusionBlocksConfig(**settings, edges=list(partition.edges))
+    assert config.make_partition() == partition
+    assert DiffusionBlocksConfig(**config.to_dict()).make_partition() == partition
+    with pytest.raises(ValueError, match="partition='equal_information' needs edges: those of the partition that"):
+        DiffusionBlocksConfig(**settings)
 
 
 # -- layers ------------------------------------------------------------------------------------------------------
@@ -359,3 +450,14 @@ def test_blocks_that_do_not_exist_are_refused(block):
     for use in (partition.check_block, partition.layers, partition.range, lambda b: partition.sample(b, 2)):
         with as_users_run(), pytest.raises(ValueError, match="does not exist: the model has blocks 0 to 2"):
             use(block)
+
+
+@given(num_layers=st.integers(1, 60), extra=st.lists(st.integers(0, 3), min_size=1, max_size=6))
+def test_balanced_layers_lose_none_and_even_out_what_is_held(num_layers, extra):
+    layers = balanced_layers(num_layers, extra)
+    held = [n + e for n, e in zip(layers or [], extra, strict=False)]
+    if layers is None:  # not so many layers that each block could have one of its own
+        assert num_layers + sum(extra) < len(extra) * (max(extra) + 1)
+        return
+    assert sum(layers) == num_layers and min(layers) >= 1
+    assert max(held) - min(held) <= 1 and held == sorted(held)

@@ -16,10 +16,12 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    DPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
 )
 from torch import Tensor
 from transformers import AutoModel
@@ -207,7 +209,10 @@ def test_steps_go_down_through_the_blocks_in_order(pipe, solver, per_step, grid)
         solver=solver,
         grid=grid,
         output_type="latent",
-        callback=lambda step, sigma, z, denoised: seen.append((step, sigma, z.shape, denoised.shape)),
+        callback_on_step_end=lambda pipe, step, sigma, kwargs: seen.append(
+            (step, sigma, kwargs["noisy"].shape, kwargs["denoised"].shape)
+        ),
+        callback_on_step_end_tensor_inputs=["noisy", "denoised"],
     ).images
     assert [s[0] for s in seen] == list(range(12))
     sigmas = [s[1] for s in seen]
@@ -235,11 +240,41 @@ def test_guidance_mixes_labelled_and_unlabelled_estimates(pipe):
             num_inference_steps=1,
             guidance_scale=scale,
             generator=seeded(),
-            callback=lambda step, sigma, z, denoised, scale=scale: first.update({scale: denoised}),
+            callback_on_step_end=lambda p, i, t, kwargs, scale=scale: first.update({scale: kwargs["denoised"]}),
+            callback_on_step_end_tensor_inputs=["denoised"],
         )
     assert (first[1.0] - first[0.0]).abs().max() > 1e-3
     torch.testing.assert_close(first[2.0], first[0.0] + 2 * (first[1.0] - first[0.0]), rtol=1e-4, atol=1e-5)
     pipe([NUM_CLASSES], num_inference_steps=1, guidance_scale=1.0, generator=seeded(), output_type="latent")
+
+
+@pytest.mark.parametrize("scheduler", [None, EDMEulerScheduler(sigma_data=0.5)], ids=["euler", "edm scheduler"])
+def test_the_callback_of_diffusers_sees_each_step_and_may_change_the_state(pipe, scheduler):
+    driven, seen = quiet(BlockedDiTPipeline(pipe.model, scheduler)), []
+
+    def record(given, step, timestep, callback_kwargs):
+        assert given is driven and list(callback_kwargs) == ["latents"]
+        seen.append((step, float(timestep), callback_kwargs["latents"]))
+        return callback_kwargs
+
+    settings = {"num_inference_steps": 4, "output_type": "latent"}
+    out = driven([1, 2], generator=seeded(), callback_on_step_end=record, **settings).images
+    assert [s[0] for s in seen] == [0, 1, 2, 3] and torch.equal(seen[-1][2], out)
+    assert [s[1] for s in seen] == sorted((s[1] for s in seen), reverse=True)
+    assert torch.equal(driven([1, 2], generator=seeded(), **settings).images, out)
+
+    def erase(given, step, timestep, callback_kwargs):
+        return {"latents": torch.zeros_like(callback_kwargs["latents"])} if step == 3 else {}
+
+    assert not driven([1, 2], generator=seeded(), callback_on_step_end=erase, **settings).images.any()
+
+
+@pytest.mark.parametrize("scheduler_class", [DPMSolverMultistepScheduler, UniPCMultistepScheduler])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_multistep_schedulers_give_the_steps_of_diffusers_pipeline(base, vae64, scheduler_class, guidance_scale):
+    theirs, ours = both(base, vae64, scheduler_class, 6, guidance_scale)
+    assert len(ours) == 6
+    assert_steps_close(ours, theirs, tolerance=1e-4)
 
 
 # -- reproducibility ---------------------------------------------------------------------------------------------
@@ -341,6 +376,13 @@ def test_it_is_a_diffusion_pipeline(pipe):
         ([1], {"grid": "karas"}, "unknown grid 'karas': did you mean 'karras'"),
         ([1], {"output_type": "jpeg"}, "output_type='jpeg' must be 'pil', 'np', 'pt' or 'latent'"),
         ([1], {"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number of at least 1"),
+        ([1], {"guidance_scale": float("nan")}, "guidance_scale=nan must be a finite number"),
+        ([1], {"latents": torch.full((1, 1, 8, 8), float("nan"))}, "latents holds values that are not finite"),
+        (
+            [1],
+            {"callback_on_step_end": print, "callback_on_step_end_tensor_inputs": ["latent"]},
+            "unknown callback_on_step_end_tensor_inputs 'latent': did you mean 'latents'",
+        ),
         ([1], {"num_inference_steps": -3}, "num_inference_steps=-3 must be"),
         ([1], {"latents": torch.zeros(1, 1, 8, 9)}, r"latents has shape \[1, 1, 8, 9\]; give .* \[1, 1, 8, 8\]"),
         ([1, 2], {"latents": torch.zeros(1, 1, 8, 8)}, r"latents has shape \[1, 1, 8, 8\]; give .* \[2, 1, 8, 8\]"),

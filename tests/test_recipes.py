@@ -3,16 +3,25 @@
 import pytest
 
 from hf_diffusionblocks.baselines.end_to_end import baseline_recipe, resolve_method
+from hf_diffusionblocks.data import train_tokenizer
 from hf_diffusionblocks.recipes import load_recipe, make_recipe, recipe_names
 
 
-@pytest.mark.parametrize("name", ["digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"])
+@pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_loads(name):
-    assert name in recipe_names()
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.config().num_blocks == 3
+    assert recipe.blocks["num_blocks"] in (3, 4)
     recipe.training_arguments()
+    if "base" not in recipe.model:
+        assert recipe.config().num_blocks == recipe.blocks["num_blocks"]
+
+
+def test_the_recipes_that_come_with_the_package():
+    images = {"digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"}
+    text = {"pydoc-llama", "austen-llama", "lm1b-llama", "openwebtext-llama", "smollm2-finetune"}
+    assert set(recipe_names()) == images | text
+    assert {name for name in recipe_names() if load_recipe(name).family == "causal_lm"} == text
 
 
 def test_the_papers_settings_stand_in_the_recipes():
@@ -24,6 +33,63 @@ def test_the_papers_settings_stand_in_the_recipes():
     imagenet = load_recipe("imagenet256-dit-l2")
     assert imagenet.training_arguments().learning_rate == 5e-5
     assert imagenet.config().num_layers == 24
+
+
+@pytest.mark.parametrize(("name", "length"), [("lm1b-llama", 256), ("openwebtext-llama", 3072)])
+def test_the_papers_settings_for_text_stand_in_the_recipes(name, length):
+    recipe = load_recipe(name)
+    args, config = recipe.training_arguments(), recipe.config()
+    assert (args.per_device_train_batch_size, args.learning_rate) == (256, 3e-4)
+    assert (args.warmup_steps, args.num_train_epochs, args.train_shared) == (2500, 10, "all")
+    assert (config.num_layers, config.hidden_size, config.base_config["num_attention_heads"]) == (12, 768, 12)
+    assert (config.num_blocks, config.overlap, config.readout, config.context) == (4, 0.1, "edm", "independent")
+    assert recipe.data.block_length == config.max_position_embeddings == length
+    assert "Llama-2" in recipe.data.tokenizer and recipe.data.streaming
+
+
+def test_text_by_default_is_a_clean_cascade_one_block_after_the_other_with_an_auxiliary_layer():
+    recipe = load_recipe("pydoc-llama")
+    config = recipe.config()
+    assert (config.readout, config.context, config.auxiliary_layers) == ("clean", "cascade", 1)
+    assert recipe.training_arguments().order == "sequential"
+    assert load_recipe("austen-llama").data.name is None  # looks for nothing by itself
+
+
+def test_vocabulary_and_special_tokens_follow_from_the_tokenizer():
+    tokenizer = train_tokenizer("abc", "character")
+    config = load_recipe("pydoc-llama").config(tokenizer=tokenizer)
+    assert config.vocab_size == len(tokenizer)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (0, 0, 0)
+    assert load_recipe("pydoc-llama", ["model.vocab_size=64"]).config(tokenizer=tokenizer).vocab_size == 64
+    with pytest.raises(ValueError, match="vocab_size=5"):
+        load_recipe("pydoc-llama", ["model.vocab_size=4"]).config(tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.image_column=x", ["image_column", "text_column", "causal_lm"]),
+        ("sampling.guidance_scale=2", ["guidance_scale", "causal_lm"]),
+        ("model.hiddensize=8", ["hiddensize", "hidden_size"]),
+        ("model.model_type=lama", ["lama", "llama"]),
+        ("model.model_type=null", ["model_type", "base"]),
+        ("blocks.redout=clean", ["redout", "readout"]),
+        ("blocks.readout=exakt", ["exakt", "exact"]),
+        ("blocks.preset=papr", ["papr", "paper"]),
+        ("blocks.pretrained=true", ["pretrained"]),
+        ("sampling.temperature=0", ["temperature=0", "do_sample"]),
+        ("sampling.mode=denose", ["denose", "denoise"]),
+        ("sampling.prompts=[]", ["prompt is empty"]),
+        ("evaluation.rows=0", ["evaluation.rows=0"]),
+        ("data.block_length=1024", ["block_length=1024", "max_position_embeddings=512"]),
+        ("family=causal", ["causal", "causal_lm"]),
+        ("layers=2", ["layers=2", "model.num_hidden_layers"]),
+    ],
+)
+def test_bad_text_overrides_name_the_key_and_the_nearest_valid_one(override, words):
+    with pytest.raises(ValueError) as error:
+        load_recipe("pydoc-llama", [override])
+    assert all(word in str(error.value) for word in words), error.value
 
 
 def test_overrides_reach_every_section_and_numbers_may_be_written_with_an_exponent():
@@ -78,8 +144,9 @@ def test_a_recipe_file_of_ones_own(tmp_path):
 
 
 def test_round_trip_through_plain_values():
-    recipe = load_recipe("digits-dit")
-    assert make_recipe(recipe.to_dict()) == recipe
+    for name in ("digits-dit", "pydoc-llama"):
+        recipe = load_recipe(name)
+        assert make_recipe(recipe.to_dict()) == recipe
 
 
 def test_baselines_match_the_blocks_in_updates_or_compute():
@@ -118,3 +185,29 @@ def test_resolve_method():
 def test_epochs_stretch_too_when_compute_is_matched():
     recipe = load_recipe("cifar10-dit-s2")
     assert baseline_recipe(recipe, "shallow", "compute").training_arguments().num_train_epochs == 300
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.solver=eulr", "unknown sampling.solver 'eulr': did you mean 'euler'"),
+        ("sampling.grid=karas", "unknown sampling.grid 'karas': did you mean 'karras'"),
+        ("sampling.num_inference_steps=0", "sampling.num_inference_steps=0 must be a whole number of at least 1"),
+        ("sampling.guidance_scale=.nan", "sampling.guidance_scale=nan must be a finite number"),
+        ("sampling.every=-1", "sampling.every=-1 must be"),
+        ("evaluation.num_samples=0", "evaluation.num_samples=0 must be a whole number of at least 2"),
+        ("evaluation.guidance_scale=many", "evaluation.guidance_scale='many' must be a finite number"),
+        (
+            "evaluation.feature_network=incepton",
+            "feature_network 'incepton': did you mean 'inception'",
+        ),
+        ("evaluation.held_out_samples=0", "evaluation.held_out_samples=0 must be"),
+    ],
+)
+def test_how_images_are_sampled_and_scored_is_checked_before_training(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe("digits-dit", [override])
+
+
+def test_no_in_yaml_means_no_mixed_precision():
+    assert load_recipe("digits-dit", ["training.mixed_precision=no"]).training_arguments().mixed_precision == "no"

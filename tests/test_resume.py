@@ -404,19 +404,22 @@ def test_other_settings_are_named(run_dir, settings, message):
     "model, message",
     [
         ({"num_blocks": 2}, r"its model has (edges|layers_per_block|num_blocks)="),
-        ({"num_layers": 7}, "its model has base_config="),
+        ({"num_layers": 7}, "its model has base_config.num_layers=6,"),
         ({"partition": "uniform"}, "its model has edges="),
         ({"overlap": 0.1}, "its model has overlap=0.05, this one overlap=0.1"),
         ({"noise": {"p_mean": -1.0}}, "its model has (edges|noise)="),
         ({"sigma_data": 0.4}, "its model has sigma_data=0.5, this one sigma_data=0.4"),
         ({"label_dropout": 0.2}, "its model has label_dropout=0.1, this one label_dropout=0.2"),
         ({"layers_per_block": [1, 2, 3]}, "its model has layers_per_block="),
-        ({"base_config": {"dropout": 0.1}}, "its model has base_config="),
+        (
+            {"base_config": {"dropout": 0.1}},
+            r"has base_config.dropout=0.0, this one base_config.dropout=0.1\.",
+        ),
     ],
     ids=str,
 )
 def test_another_model_is_named(run_dir, model, message):
-    with pytest.raises(ValueError, match=rf"checkpoint-5 belongs to another run: {message}"):
+    with pytest.raises(ValueError, match=rf"checkpoint-5 belongs to another run: .*{message}"):
         make_trainer(run_dir, tiny_dit(**({"num_blocks": 3} | model))).train(resume_from_checkpoint=True)
 
 
@@ -485,3 +488,17 @@ def test_an_output_directory_that_is_a_file_is_an_error_before_any_work(tmp_path
     with pytest.raises(OSError):
         DiffusionBlocksTrainer(tiny_dit(3), arguments(tmp_path / "run"), TinyImages()).train()
     assert (tmp_path / "run").read_text() == "mine"
+
+
+def test_a_broken_newest_checkpoint_names_the_newest_whole_one(tmp_path):
+    trainer = make_trainer(tmp_path, save_steps=3, save_total_limit=None)
+    trainer.train()
+    found = find_checkpoints(tmp_path)
+    assert [path.name for path in found] == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
+    for broken in found[:0:-1]:
+        (broken / "block-01.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"resume from the newest whole one before it, .*checkpoint-3\."):
+        make_trainer(tmp_path, save_steps=3).train(resume_from_checkpoint=True)
+    (found[0] / "block-01.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match="checkpoint-9 and start anew: no older one is whole"):
+        make_trainer(tmp_path, save_steps=3).train(resume_from_checkpoint=True)

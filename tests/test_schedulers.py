@@ -25,12 +25,13 @@ ACCEPTED = {
     "EulerAncestralDiscreteScheduler": {},
     "DDIMScheduler": {"clip_sample": False},
     "DDPMScheduler": {"clip_sample": False},
+    "DPMSolverMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
 }
 STOCHASTIC = {"EulerAncestralDiscreteScheduler", "DDPMScheduler"}
 REFUSED = [
     "FlowMatchEulerDiscreteScheduler",
-    "DPMSolverMultistepScheduler",
-    "UniPCMultistepScheduler",
+    "KDPM2DiscreteScheduler",
     "IPNDMScheduler",
 ]
 
@@ -117,6 +118,9 @@ def test_ddim_equals_the_euler_solver_on_its_noise_levels(spacing, num_steps):
         ("DDIMScheduler", "v_prediction"),
         ("DDPMScheduler", "sample"),
         ("DDPMScheduler", "v_prediction"),
+        ("DPMSolverMultistepScheduler", "sample"),
+        ("DPMSolverMultistepScheduler", "v_prediction"),
+        ("UniPCMultistepScheduler", "v_prediction"),
     ],
 )
 def test_the_prediction_type_makes_no_difference(name, prediction):
@@ -197,6 +201,39 @@ def test_a_scheduler_that_leaves_the_noise_range_is_refused_before_the_network_r
         sample_with_scheduler(never, make_scheduler(name, **settings), PARTITION, standard_normal(2), 50)
     named = float(str(refused.value).split()[0].removeprefix("sigma="))
     assert named == pytest.approx(level, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("EDMEulerScheduler", {}),
+        ("EDMDPMSolverMultistepScheduler", {}),
+        ("EulerDiscreteScheduler", {"use_karras_sigmas": True}),
+        ("LMSDiscreteScheduler", None),
+        ("EulerAncestralDiscreteScheduler", None),
+        ("DPMSolverMultistepScheduler", None),
+    ],
+)
+def test_the_refusal_says_how_to_mend_it_and_the_advice_works(name, advice):
+    outside = {"sigma_max": 200.0} if name.startswith("EDM") else {}
+    with pytest.raises(ValueError, match="outside the noise range") as refused:
+        sample_with_scheduler(never, make_scheduler(name, **outside), PARTITION, standard_normal(2), 20)
+    message, bounds = str(refused.value), {"sigma_min": 0.002, "sigma_max": 80.0}
+    assert "sigma_min=0.002, sigma_max=80" in message
+    if advice is None:
+        assert "vp_epsilon" in message
+        name, advice = "EulerDiscreteScheduler", {"use_karras_sigmas": True}
+    assert f"{name}({'use_karras_sigmas=True, ' if advice else ''}sigma_min=0.002, sigma_max=80)" in message
+    mended = make_scheduler(name, **advice, **bounds)
+    samples = sample_with_scheduler(GAUSSIAN.denoise, mended, PARTITION, standard_normal(), 60)
+    assert float(samples.std()) == pytest.approx(0.4, abs=0.03)
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
+def test_a_multistep_scheduler_on_a_flow_is_refused(name):
+    scheduler = make_scheduler(name, use_flow_sigmas=True, prediction_type="flow_prediction")
+    with pytest.raises(ValueError, match="use_flow_sigmas"):
+        sample_with_scheduler(never, scheduler, WIDE, standard_normal(2), 10)
 
 
 # -- every scheduler of diffusers: right, or refused -------------------------------------------------------------

@@ -367,3 +367,27 @@ def test_a_file_that_the_system_cannot_write_is_an_os_error(saved, existing):
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert contents(saved.parent) == before and directory.exists() == existing
+
+
+def test_max_shard_size_is_held_to(tmp_path):
+    model = tiny_dit(2)
+    size = sum(p.numel() * 4 for _, p in model.block_parameters(0))
+    with pytest.raises(ValueError, match=r"max_shard_size=1000, and block-00.safetensors \(block 0\) takes .* bytes"):
+        model.save_pretrained(tmp_path / "model", max_shard_size=1000)
+    assert not (tmp_path / "model").exists()
+    model.save_pretrained(tmp_path / "model", max_shard_size=2 * size)
+    assert (tmp_path / "model" / "block-01.safetensors").is_file()
+
+
+def test_the_first_cause_of_a_full_disk_is_said_once():
+    from hf_diffusionblocks.serialization import first_cause
+
+    try:
+        try:
+            raise OSError(28, "No space left on device", "/tmp/.x.tmp")
+        except OSError as error:
+            raise OSError(f"cannot write a: {error}.") from error
+    except OSError as outer:
+        assert first_cause(outer) == "No space left on device"
+    assert first_cause(RuntimeError("I/O error: No space left on device (os error 28)")) == "No space left on device"
+    assert first_cause(RuntimeError("something else.")) == "something else"

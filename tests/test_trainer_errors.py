@@ -3,17 +3,21 @@
 import math
 import threading
 
+import datasets
 import pytest
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainingArguments
+from hf_diffusionblocks.data import ImageDataset
 from hf_diffusionblocks.objectives import DenoisingScoreMatching
 from hf_diffusionblocks.serialization import same_tensors
 from hf_diffusionblocks.training.checkpoint import find_checkpoints
+from hf_diffusionblocks.training.data_stream import SampleOrder
 from hf_diffusionblocks.training.trainer import NonFiniteLossError
 from runs import arguments, everything, make_trainer, reset_accelerate, updates
-from tiny import TinyImages, tiny_dit
+from tiny import NUM_CLASSES, TinyImages, tiny_dit
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +79,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, how, m
 
 
 def test_before_the_first_checkpoint_the_message_says_that_there_is_none(tmp_path):
-    with pytest.raises(NonFiniteLossError, match="The last good checkpoint is none yet"):
+    with pytest.raises(NonFiniteLossError, match=r"No checkpoint had been written \(save_steps=500; give a"):
         make_trainer(tmp_path, objective=Spoiled(0, 1, "nan")).train()
     assert find_checkpoints(tmp_path) == []
 
@@ -84,9 +88,29 @@ def test_before_the_first_checkpoint_the_message_says_that_there_is_none(tmp_pat
 def test_pixels_that_are_not_finite_are_named(tmp_path, value):
     data = TinyImages(8)
     data.pixel_values[5, 0, 3, 3] = value
-    with pytest.raises(ValueError, match="1 of 4 samples in a batch have non-finite pixel_values"):
-        make_trainer(tmp_path, dataset=data).train()
-    assert find_checkpoints(tmp_path) == []
+    with pytest.raises(
+        ValueError, match=r"1 of 4 samples .* non-finite pixel_values: rows 5 of the training data \(8 rows\)"
+    ) as caught:
+        make_trainer(tmp_path, dataset=data, block_order="sequential").train()
+    # what was learned before is kept, and is what a run on good data has learned by then
+    found = find_checkpoints(tmp_path)
+    if not found:
+        assert "Nothing had been learned yet" in str(caught.value)
+        return
+    assert len(found) == 1 and str(found[0]) in str(caught.value)
+
+
+def test_bad_pixels_met_late_leave_a_checkpoint_of_the_good_state(tmp_path):
+    data = TinyImages(16)
+    order = SampleOrder(16, 0, 0).indices(8, 4)  # what block 0 sees in its third update
+    data.pixel_values[order[2], 0, 3, 3] = float("nan")
+    trainer = make_trainer(tmp_path / "bad", dataset=data, blocks=[0], max_steps=4, gradient_accumulation_steps=1)
+    with pytest.raises(ValueError, match=rf"rows {order[2]} of the training data .* 2 iterations is in .*checkpoint-2"):
+        trainer.train()
+    good = make_trainer(tmp_path / "good", dataset=TinyImages(16), blocks=[0], max_steps=2)
+    good.train()
+    saved = [BlockedDiTModel.from_pretrained(tmp_path / name / "checkpoint-2") for name in ("bad", "good")]
+    assert same_tensors(*(model.state_dict() for model in saved))
 
 
 class Columns:
@@ -132,8 +156,45 @@ def test_data_that_does_not_fit_is_refused_before_any_work(tmp_path, dataset, me
 def test_a_label_out_of_range_anywhere_stops_the_run(tmp_path):
     data = TinyImages(16)
     data.class_labels[9] = 11
-    with pytest.raises(ValueError, match="class_labels run from .* to 11; allowed are 0 to 9, and 10 for no class"):
+    with pytest.raises(ValueError, match="have labels out of range: rows 9 of the training data"):
         make_trainer(tmp_path, dataset=data, max_steps=4).train()
+
+
+def test_the_null_class_is_no_label_of_data(tmp_path):
+    """Label dropout draws it; as a label it would train the unconditional branch on one class's images."""
+    first, late = TinyImages(16), TinyImages(16)
+    first.class_labels[0] = late.class_labels[9] = NUM_CLASSES
+    with pytest.raises(ValueError, match="class_labels run from .* to 10 .* have labels of 0 to 9"):
+        make_trainer(tmp_path, dataset=first)
+    with pytest.raises(ValueError, match="labels out of range: rows 9"):
+        make_trainer(tmp_path, dataset=late, max_steps=4).train()
+    model = tiny_dit(3)
+    model.denoise(first.pixel_values[:2], 1.0, class_labels=torch.tensor([NUM_CLASSES, 1]))  # sampling may use it
+
+
+@pytest.mark.parametrize("kind", ["images", "datasets"])
+def test_all_labels_are_checked_before_any_work_where_they_can_be_read(tmp_path, kind):
+    labels = torch.arange(12) % 11
+    if kind == "images":
+        data = ImageDataset(torch.zeros(12, 1, 8, 8, dtype=torch.uint8), labels)
+    else:
+        columns = {"pixel_values": torch.zeros(12, 1, 8, 8).tolist(), "class_labels": labels.tolist()}
+        data = datasets.Dataset.from_dict(columns).with_format("torch")
+    with pytest.raises(ValueError, match=r"from 0 to 10 \(row 10 is the first out of range\)"):
+        make_trainer(tmp_path / "run", dataset=data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_of_the_wrong_form_is_refused_with_advice(tmp_path):
+    plain = datasets.Dataset.from_dict({"pixel_values": torch.zeros(4, 1, 8, 8).tolist(), "class_labels": [0] * 4})
+    with pytest.raises(ValueError, match=r'with_format\("torch"\)'):
+        make_trainer(tmp_path, dataset=plain)
+    bytes_ = Columns(pixel_values=torch.full((8, 1, 8, 8), 200, dtype=torch.uint8), class_labels=LABELS)
+    with pytest.raises(ValueError, match=r"torch.uint8; .* scale pixels of 0 to 255 to \[-1, 1\]"):
+        make_trainer(tmp_path, dataset=bytes_)
+    floats = Columns(pixel_values=torch.full((8, 1, 8, 8), 200.0), class_labels=LABELS)
+    with pytest.raises(ValueError, match=r"reach 200; pixels must lie in \[-1, 1\]"):
+        make_trainer(tmp_path, dataset=floats)
 
 
 def test_a_data_set_that_knows_single_samples_only_is_collated(tmp_path):
@@ -205,7 +266,8 @@ def test_runs_of_other_precisions_follow_each_other_in_one_process(tmp_path):
         ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size=2.5 must be a whole number"),
         ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps=True must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
-        ({"learning_rate": "1e-4"}, "learning_rate='1e-4' must be a positive number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a positive number"),
+        ({"max_stpes": 3}, "unknown training argument 'max_stpes': did you mean 'max_steps'"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
         ({"lr_scheduler_type": "cosin"}, "unknown lr_scheduler_type 'cosin': did you mean 'cosine'"),
         ({"mixed_precision": "fp16"}, "unknown mixed_precision 'fp16'.*Allowed: bf16, no"),
@@ -226,3 +288,12 @@ def test_settings_that_are_refused(settings, message):
 def test_one_tracker_may_be_named_without_a_list():
     assert arguments("unused", report_to="tensorboard").report_to == ["tensorboard"]
     assert arguments("unused", report_to="none").report_to == []
+
+
+def test_numbers_may_be_text_and_no_may_be_false_as_yaml_gives_them():
+    args = arguments("unused", learning_rate="1e-3", max_steps="2e3", mixed_precision=False)
+    assert (args.learning_rate, args.max_steps, args.mixed_precision) == (1e-3, 2000, "no")
+
+
+def test_without_a_word_a_run_leaves_checkpoints():
+    assert DiffusionBlocksTrainingArguments().save_steps == 500

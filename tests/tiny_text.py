@@ -91,3 +91,36 @@ def left_padding(length: int = 12, *padded: int) -> dict[str, Tensor]:
     """Attention mask and positions of rows with so many padding tokens before them, each [rows, length]."""
     mask = (torch.arange(length) >= torch.tensor(padded)[:, None]).long()
     return {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+
+
+class TokenRows:
+    """Rows of tokens in which each follows from the one before, mostly; `rows[list]` gives a batch.
+
+    Args:
+        num_rows: how many.
+        length: tokens per row.
+        seed: of the draws.
+        **columns: further tensors of the batches, one row each.
+    """
+
+    def __init__(self, num_rows: int = 32, length: int = 12, seed: int = 0, **columns: Tensor):
+        generator = torch.Generator().manual_seed(seed)
+        rows = [torch.randint(3, VOCAB_SIZE, (num_rows,), generator=generator)]
+        for _ in range(length - 1):
+            drawn = torch.randint(3, VOCAB_SIZE, (num_rows,), generator=generator)
+            follows = torch.rand(num_rows, generator=generator) < 0.8
+            rows.append(torch.where(follows, 3 + (5 * rows[-1] + 7) % (VOCAB_SIZE - 3), drawn))
+        self.columns = {"input_ids": torch.stack(rows, dim=1), **columns}
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+    def __getitem__(self, rows: Any) -> dict[str, Tensor]:
+        return {name: column[rows] for name, column in self.columns.items()}
+
+
+def new_lm(architecture: str = "llama", num_blocks: int = 3, *, seed: int = 0, **settings: Any) -> BlockedForCausalLM:
+    """A blocked language model as made from a config, untrained: with its identity and zero initialisations."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return BlockedForCausalLM.from_base(base_config(architecture), num_blocks, **settings)

@@ -1,27 +1,72 @@
 """DiffusionBlocks (arXiv 2506.14202) for Hugging Face models: train a network block by block, at 1/B of the memory.
 
-Importing the package registers its configs and models with transformers' Auto classes.
+Importing the package makes its configs and models known to transformers' Auto classes. The names below are imported
+when they are first used (PEP 562), so that importing the package costs next to nothing.
 """
 
-from .families.dit import BlockedDiTConfig, BlockedDiTModel
-from .memory import plan_memory
-from .noise import LogNormalNoise
-from .objectives import DenoisingScoreMatching, held_out_loss
-from .partition import BlockPartition
-from .pipelines import BlockedDiTPipeline
-from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .auto_classes import register_families
+
+if TYPE_CHECKING:
+    from .families.causal_lm import BlockedCausalLMConfig, BlockedForCausalLM
+    from .families.dit import BlockedDiTConfig, BlockedDiTModel
+    from .generation import denoising_generate
+    from .memory import plan_memory
+    from .noise import LogNormalNoise
+    from .objectives import DenoisingScoreMatching, NextTokenPrediction, held_out_loss
+    from .partition import BlockPartition
+    from .pipelines import BlockedDiTPipeline
+    from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 
 __version__ = "0.1.0"
 
+_MODULES = {
+    "BlockPartition": "partition",
+    "BlockedCausalLMConfig": "families.causal_lm",
+    "BlockedDiTConfig": "families.dit",
+    "BlockedDiTModel": "families.dit",
+    "BlockedDiTPipeline": "pipelines",
+    "BlockedForCausalLM": "families.causal_lm",
+    "DenoisingScoreMatching": "objectives",
+    "DiffusionBlocksTrainer": "training",
+    "DiffusionBlocksTrainingArguments": "training",
+    "LogNormalNoise": "noise",
+    "NextTokenPrediction": "objectives",
+    "denoising_generate": "generation",
+    "held_out_loss": "objectives",
+    "plan_memory": "memory",
+}
+
 __all__ = [
     "BlockPartition",
+    "BlockedCausalLMConfig",
     "BlockedDiTConfig",
     "BlockedDiTModel",
     "BlockedDiTPipeline",
+    "BlockedForCausalLM",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
     "LogNormalNoise",
+    "NextTokenPrediction",
+    "denoising_generate",
     "held_out_loss",
     "plan_memory",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_families()

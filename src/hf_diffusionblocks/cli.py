@@ -17,6 +17,8 @@ A run is described by a recipe, a YAML preset; any setting can be overridden wit
   diffusionblocks train digits-dit blocks.num_blocks=2 training.max_steps=500
   diffusionblocks sample runs/digits-dit/model --classes 3 3 7
   diffusionblocks evaluate runs/digits-dit/model --recipe digits-dit
+  diffusionblocks train pydoc-llama                      the same for text
+  diffusionblocks sample runs/pydoc-llama/model --prompt "The "
 """
 
 _EPILOG = """\
@@ -64,8 +66,10 @@ def _add_plan(commands: Any) -> None:
     parser = _command(
         commands,
         "plan",
-        "Print the partition, the parameters by block and what a training step holds, without allocating the model.",
+        "Print the partition, the parameters by block and what a training step holds, without allocating the model. "
+        "For text also what training costs, and whether blocks pay in your case.",
         "  diffusionblocks plan imagenet256-dit-l2\n"
+        "  diffusionblocks plan lm1b-llama training.max_steps=100000\n"
         "  diffusionblocks plan cifar10-dit-s2 blocks.num_blocks=6 training.per_device_train_batch_size=64",
     )
     _add_recipe(parser)
@@ -81,18 +85,22 @@ def _add_train(commands: Any) -> None:
         "  diffusionblocks train digits-dit --method end_to_end        # all L layers at once, the same compute\n"
         "  diffusionblocks train digits-dit --method shallow --match compute   # L/B layers, B times the updates\n"
         "  diffusionblocks train digits-dit --block 1                  # a job that holds block 1 only\n"
-        "  diffusionblocks train my.yaml data.name=path/to/imagefolder model.sample_size=32",
+        "  diffusionblocks train my.yaml data.name=path/to/imagefolder model.sample_size=32\n"
+        "  diffusionblocks train austen-llama data.name=novels.txt     # text by characters\n"
+        "  diffusionblocks train pydoc-llama --block 1 --lower runs/block-0/model --output-dir runs/block-1",
     )
     _add_recipe(parser)
     parser.add_argument("--output-dir", help="where checkpoints, the model and figures go; default runs/<recipe>")
     parser.add_argument("--method", choices=("blocked", "end_to_end", "shallow"), help="blocked training or a baseline")
-    parser.add_argument("--match", choices=("updates", "compute"), help="what a shallow baseline matches")
+    parser.add_argument("--match", choices=("updates", "compute"), help="what a baseline matches")
+    parser.add_argument("--layers", type=int, help="layers of --method shallow; default L/B, rounded up")
     parser.add_argument("--block", type=int, action="append", help="hold and train this block only (repeatable)")
     parser.add_argument(
         "--residency",
         choices=("device", "host", "disk"),
         help="where blocks rest while others train; host and disk keep one block's state on the device",
     )
+    parser.add_argument("--lower", metavar="DIR", help="a saved model with the trained blocks below (cascade)")
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on from a checkpoint")
     parser.add_argument("--no-report", action="store_true", help="do not sample, draw and score at the end")
 
@@ -101,30 +109,42 @@ def _add_sample(commands: Any) -> None:
     parser = _command(
         commands,
         "sample",
-        "Sample images from a saved model; every step runs one block.",
+        "Sample from a saved model: images, one block per step; or text, printed as it comes.",
         "  diffusionblocks sample runs/digits-dit/model\n"
-        "  diffusionblocks sample runs/digits-dit/model --classes 1 2 3 --per-class 8 --steps 30 --solver heun",
+        "  diffusionblocks sample runs/digits-dit/model --classes 1 2 3 --per-class 8 --steps 30 --solver heun\n"
+        '  diffusionblocks sample runs/pydoc-llama/model --prompt "The " --temperature 0.7 --max-new-tokens 300\n'
+        '  diffusionblocks sample runs/pydoc-llama/model --prompt "The " --denoise --steps 6 --bridge argmax_row',
     )
     parser.add_argument("model", help="directory or Hub id of a blocked model")
-    parser.add_argument("--output-dir", default="samples", help="where the PNG files go (default: %(default)s)")
-    parser.add_argument("--classes", type=int, nargs="+", help="class labels; default: the first ten")
-    parser.add_argument("--per-class", type=int, default=1, help="images per label")
-    parser.add_argument("--steps", type=int, default=50, help="number of steps (default: %(default)s)")
-    parser.add_argument("--guidance-scale", type=float, default=2.0, help="1: no guidance (default: %(default)s)")
-    parser.add_argument("--solver", default="euler", help="euler or heun (default: %(default)s)")
-    parser.add_argument("--grid", default="karras", help="karras or equal_probability (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="steps; default 50 for images, one per block for text")
+    parser.add_argument("--grid", help="karras (default for images) or equal_probability (default for text)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--block-streaming", choices=("host", "disk"), help="keep one block's weights on the device, the others there"
     )
+    images = parser.add_argument_group("images")
+    images.add_argument("--output-dir", help="where the PNG files go (default: samples)")
+    images.add_argument("--classes", type=int, nargs="+", help="class labels; default: the first ten")
+    images.add_argument("--per-class", type=int, help="images per label (default: 1)")
+    images.add_argument("--guidance-scale", type=float, help="1: no guidance (default: 2.0)")
+    images.add_argument("--solver", help="euler or heun (default: euler)")
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", action="append", help="what to go on from (repeatable); default: the recipe's")
+    text.add_argument("--max-new-tokens", type=int, help="tokens to add")
+    text.add_argument("--temperature", type=float, help="0: always the likeliest token")
+    text.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold so much probability")
+    text.add_argument("--denoise", action="store_true", help="sample along the noise grid instead of decoding from f")
+    text.add_argument("--bridge", help="posterior_mean or argmax_row (with --denoise)")
 
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(
         commands,
         "evaluate",
-        "Score a saved model: held-out loss, Frechet and kernel distance, precision, recall, class agreement.",
+        "Score a saved model. Images: held-out loss, Frechet and kernel distance, precision, recall, class agreement. "
+        "Text: held-out likelihood, in bits per character.",
         "  diffusionblocks evaluate runs/digits-dit/model\n"
+        "  diffusionblocks evaluate runs/pydoc-llama/model evaluation.rows=100\n"
         "  diffusionblocks evaluate user/model --recipe digits-dit evaluation.num_samples=2000 --output figures.json",
     )
     parser.add_argument("model", help="directory or Hub id of a blocked model")
@@ -137,11 +157,12 @@ def _add_convert(commands: Any) -> None:
     parser = _command(
         commands,
         "convert",
-        "Cut a pretrained DiT into blocks and save it.",
+        "Cut a pretrained DiT or language model into blocks and save it.",
         "  diffusionblocks convert facebook/DiT-XL-2-256 --num-blocks 4 --output-dir dit-xl-4\n"
+        "  diffusionblocks convert HuggingFaceTB/SmolLM2-135M --num-blocks 3 --output-dir smollm2-3\n"
         "  diffusionblocks convert path/to/dit --num-blocks 3 --output-dir out preconditioning=edm overlap=0.1",
     )
-    parser.add_argument("base", help="directory or Hub id of a DiTPipeline or DiTTransformer2DModel")
+    parser.add_argument("base", help="directory or Hub id of a DiT or of a causal language model")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of the blocked model's config")
     parser.add_argument("--num-blocks", type=int, default=3, help="B (default: %(default)s)")
     parser.add_argument("--output-dir", required=True, help="a new directory")
@@ -197,7 +218,7 @@ def _add_recipes(commands: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    args = _parse(argv)
     try:
         _run(args)
     except KeyboardInterrupt as error:
@@ -210,6 +231,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffusionblocks {args.command}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments. argparse ends a list of settings at the first option; those after it belong to it as well."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    settings = getattr(args, "overrides", getattr(args, "settings", None))
+    if rest and (settings is None or any(text.startswith("-") or "=" not in text for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        settings += rest
+    return args
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -227,18 +260,7 @@ def _run(args: argparse.Namespace) -> None:
     elif args.command == "train":
         _train(args)
     elif args.command == "sample":
-        jobs.sample(
-            args.model,
-            args.output_dir,
-            class_labels=args.classes,
-            per_class=args.per_class,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance_scale,
-            solver=args.solver,
-            grid=args.grid,
-            seed=args.seed,
-            block_streaming=args.block_streaming,
-        )
+        _sample(args)
     elif args.command == "evaluate":
         if args.recipe is not None:
             recipe = load_recipe(args.recipe, args.overrides)
@@ -246,7 +268,7 @@ def _run(args: argparse.Namespace) -> None:
             values = jobs.read_recipe_of(args.model)
             if values is None:
                 raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
-            recipe = load_recipe(values["name"], args.overrides) if args.overrides else make_recipe(values)
+            recipe = make_recipe(values, args.overrides)
         jobs.evaluate(args.model, recipe, args.output, args.seed)
     elif args.command == "convert":
         jobs.convert(args.base, args.output_dir, {"num_blocks": args.num_blocks, **_settings(args.settings)})
@@ -273,6 +295,55 @@ def _run(args: argparse.Namespace) -> None:
         jobs.encode(load_recipe(args.recipe, args.overrides), args.output_dir, args.split, args.batch_size)
 
 
+_IMAGE_OPTIONS = ("output_dir", "classes", "per_class", "guidance_scale", "solver")
+_TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_p", "denoise", "bridge")
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from . import jobs
+    from .recipes import make_recipe
+
+    jobs.check_model_path(args.model)
+    text = jobs.family_of(args.model) == "causal_lm"
+    for name in _IMAGE_OPTIONS if text else _TEXT_OPTIONS:
+        if getattr(args, name) not in (None, False):
+            kind, option = "language" if text else "DiT", "--" + name.replace("_", "-")
+            raise ValueError(f"{option} has no meaning for {args.model}, a {kind} model: leave it out.")
+    if not text:
+        given = {
+            "class_labels": args.classes,
+            "per_class": args.per_class,
+            "num_inference_steps": args.steps,
+            "guidance_scale": args.guidance_scale,
+            "solver": args.solver,
+            "grid": args.grid,
+            "block_streaming": args.block_streaming,
+        }
+        given = {name: value for name, value in given.items() if value is not None}
+        jobs.sample(args.model, args.output_dir or "samples", seed=args.seed, **given)
+        return
+    values = jobs.read_recipe_of(args.model)
+    recipe = make_recipe(values) if values is not None and values.get("family") == "causal_lm" else None
+    walk = {name: getattr(args, name) for name in ("steps", "grid", "bridge")}
+    if not args.denoise and any(value is not None for value in walk.values()):
+        name = next(name for name, value in walk.items() if value is not None)
+        raise ValueError(f"--{name} is for sampling along the noise grid: add --denoise, or leave it out.")
+    greedy = args.temperature == 0
+    jobs.sample_text(
+        args.model,
+        args.prompt,
+        recipe,
+        args.seed,
+        block_streaming=args.block_streaming,
+        max_new_tokens=args.max_new_tokens,
+        do_sample=False if greedy else (True if args.temperature is not None else None),
+        temperature=None if greedy else args.temperature,
+        top_p=args.top_p,
+        mode="denoise" if args.denoise else None,
+        **walk,
+    )
+
+
 def _train(args: argparse.Namespace) -> None:
     from pathlib import Path
 
@@ -281,7 +352,9 @@ def _train(args: argparse.Namespace) -> None:
     from .training.run_files import overwrite_run
 
     overrides = list(args.overrides)
-    overrides += [f"{name}={value}" for name in ("method", "match") if (value := getattr(args, name)) is not None]
+    overrides += [
+        f"{name}={value}" for name in ("method", "match", "layers") if (value := getattr(args, name)) is not None
+    ]
     recipe = load_recipe(args.recipe, overrides)
     if args.residency is not None:
         recipe.training["residency"] = args.residency
@@ -289,10 +362,11 @@ def _train(args: argparse.Namespace) -> None:
         recipe.training["output_dir"] = args.output_dir
     elif "output_dir" not in recipe.training:
         suffix = "" if recipe.method == "blocked" else f"-{recipe.method}-{recipe.match}"
+        suffix += f"-{recipe.layers}" if recipe.layers else ""
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
     if args.overwrite:
         overwrite_run(Path(recipe.training["output_dir"]))
-    jobs.train(recipe, blocks=args.block, report=not args.no_report)
+    jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report)
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

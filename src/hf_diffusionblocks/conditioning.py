@@ -46,3 +46,8 @@ class Modulation(nn.Linear):
     def forward(self, embedded: Float[Tensor, "*shape dim"]) -> tuple[Tensor, ...]:
         """(shift, scale, gate) of the attention and of the MLP, each [*shape, hidden_size]."""
         return super().forward(embedded).chunk(6, dim=-1)
+
+    def parts(self, embedded: Float[Tensor, "*shape dim"], start: int, count: int) -> tuple[Tensor, ...]:
+        """So many of the six, from a first one on."""
+        rows = slice(start * self.out_features // 6, (start + count) * self.out_features // 6)
+        return nn.functional.linear(embedded, self.weight[rows], self.bias[rows]).chunk(count, dim=-1)

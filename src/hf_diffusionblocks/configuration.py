@@ -20,7 +20,12 @@ from .partition import BlockPartition
 from .preconditioning import PRECONDITIONINGS, EDMPreconditioning, Preconditioning, VPEpsilonPreconditioning
 from .suggest import unknown_name
 
-PARTITIONS = ("equal_probability", "uniform", "log_uniform", "explicit")
+PARTITIONS = ("equal_probability", "uniform", "log_uniform", "equal_information", "explicit")
+# What has to be stored with partitions whose edges do not follow from the other settings.
+_NEED_EDGES = {
+    "explicit": "B + 1 noise levels from sigma_max down to sigma_min.",
+    "equal_information": "those of the partition that equal_information_partition makes from a trained pilot model.",
+}
 
 
 class DiffusionBlocksConfig(PreTrainedConfig):
@@ -30,7 +35,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         base_config: the config of the model that is cut, as a dict.
         num_blocks: B, the number of blocks.
         layers_per_block: number of layers of each block; by default an even spread, the remainder to the first blocks.
-        partition: how the noise range is cut: ``equal_probability``, ``uniform``, ``log_uniform`` or ``explicit``.
+        partition: how the noise range is cut: ``equal_probability``, ``uniform``, ``log_uniform``,
+            ``equal_information`` or ``explicit``; the last two need ``edges``.
         edges: B + 1 noise levels, descending. Computed from ``partition`` unless given; stored, so that a saved model
             never depends on how they were computed.
         overlap: gamma of App. C, by which training ranges reach over the edges.
@@ -135,8 +141,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
                     "B blocks need B + 1 edges."
                 )
             return BlockPartition.explicit(self.edges, self.num_layers, **shape)
-        if self.partition == "explicit":
-            raise ValueError("partition='explicit' needs edges: B + 1 noise levels from sigma_max down to sigma_min.")
+        if self.partition in _NEED_EDGES:
+            raise ValueError(f"partition={self.partition!r} needs edges: {_NEED_EDGES[self.partition]}")
         return getattr(BlockPartition, self.partition)(self.num_blocks, self.num_layers, **shape)
 
     @cached_property

@@ -303,6 +303,11 @@ def _checked(
             f"{limit} positions: set max_new_tokens to at most {limit - tokens}, or shorten the prompt."
         )
     cache, seen = (cache, _tokens_in(cache, walk, input_ids)) if use_cache and cache is not None else (None, 0)
+    if positions is not None and positions.shape[-1] != tokens:  # generate makes them from the mask
+        raise ValueError(
+            f"attention_mask or position_ids are of {positions.shape[-1]} tokens, input_ids of {tokens}: give them of "
+            "the whole sequence, with the tokens that a cache holds."
+        )
     if positions is None:
         positions = torch.arange(tokens).expand(input_ids.shape) if mask is None else mask.long().cumsum(-1) - 1
     return None if mask is None else mask.to(model.device), positions.clamp_min(0).to(model.device), cache, seen

@@ -4,7 +4,8 @@ The prediction runs the real modules and the real objective on fake tensors, whi
 as :mod:`.memory_counting` counts a real step, where the kinds are defined.
 """
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
+from .families.loading import blocked_config_of
 from .memory_counting import (
     KINDS,
     MemoryUse,
@@ -150,7 +152,7 @@ def _human(size: int) -> str:
 
 
 def plan_memory(
-    model_or_config: BlockedPreTrainedModel | DiffusionBlocksConfig,
+    model_or_config: BlockedPreTrainedModel | DiffusionBlocksConfig | str | os.PathLike | Mapping[str, Any],
     num_blocks: int | None = None,
     *,
     batch_size: int = 1,
@@ -164,7 +166,8 @@ def plan_memory(
     """Predict what training holds, by kind and block, without allocating the model.
 
     Args:
-        model_or_config: a blocked model or its config; of a model only the config is used.
+        model_or_config: a blocked model or its config; of a model only the config is used. Or, as ``from_base`` takes
+            it, the directory or Hub id of a blocked or a base model, or a mapping with a base's config.
         num_blocks: B, to plan for another number of blocks than the config's.
         batch_size: samples per forward pass.
         dtype: of the weights.
@@ -195,9 +198,14 @@ def plan_memory(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating point torch.dtype, such as torch.float32.")
     given = model_or_config.config if isinstance(model_or_config, BlockedPreTrainedModel) else model_or_config
+    if isinstance(given, (str, os.PathLike, Mapping)):
+        given = blocked_config_of(given, num_blocks)
     if not isinstance(given, DiffusionBlocksConfig):
-        raise ValueError(f"plan_memory takes a blocked model or its config, not a {type(given).__name__}.")
-    make = AutoModel.from_config if given is model_or_config else type(model_or_config)
+        raise ValueError(
+            f"plan_memory takes a blocked model, its config, a directory or Hub id, or a base's config as a dict, not "
+            f"a {type(given).__name__}."
+        )
+    make = type(model_or_config) if isinstance(model_or_config, BlockedPreTrainedModel) else AutoModel.from_config
     objective = objective or default_objective(given)
     step = _FakeStep(make, batch_size, dtype, mixed_precision, objective, _device(device), batch_settings)
     config = given if num_blocks in (None, given.num_blocks) else _recut(given, num_blocks=num_blocks)

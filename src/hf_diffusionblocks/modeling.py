@@ -20,8 +20,7 @@ from transformers.utils.hub import extract_commit_hash
 from . import serialization
 from .agreement import SAME_MODEL, first_difference
 from .configuration import DiffusionBlocksConfig
-from .loading_checks import check_number_of_weights, check_weights
-from .partition import BlockPartition
+from .loading_checks import check_files, checked_blocks
 from .preconditioning import expand
 from .repository import PushedBlocks
 from .streaming import StreamedBlocks, StreamingRequest, requested_streaming
@@ -59,7 +58,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         super().__init__(config)
         self.partition = config.make_partition()
         self.preconditioning = config.make_preconditioning()
-        resident = range(config.num_blocks) if blocks is None else _checked_blocks(self.partition, blocks)
+        resident = range(config.num_blocks) if blocks is None else checked_blocks(self.partition, blocks)
         # A block's initial weights depend on this draw and on its number, not on which other blocks are resident.
         real = torch.get_default_device().type != "meta"
         self._init_seed = int(torch.randint(2**62, ()).item()) if real else 0
@@ -96,6 +95,18 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         """Raise a ``ValueError`` for a training batch that does not fit the model. Families override it."""
+
+    def check_dataset(self, dataset: Any) -> None:
+        """Raise a ``ValueError`` for what is wrong anywhere in a data set and cheap to see. Families override it."""
+
+    def wrong_rows(self, batch: dict[str, Tensor]) -> Tensor:
+        """Which samples of a training batch cannot be learned from, as booleans [batch]: those that are not finite."""
+        first = next(iter(batch.values()))
+        wrong = torch.zeros(len(first), dtype=torch.bool, device=first.device)
+        for value in batch.values():
+            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                wrong |= ~torch.isfinite(value).flatten(1).all(1)
+        return wrong
 
     def begin_block(self, block: int, hand_over: bool = False) -> None:
         """Prepare a block whose training begins after that of the blocks below it. Families override it."""
@@ -157,12 +168,17 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
                 a block that is not loaded, or inputs that do not fit the model.
         """
         self.check_input(z, **conditioning)
-        sigma = torch.as_tensor(sigma, device=z.device)
+        try:
+            sigma = torch.as_tensor(sigma, device=z.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"sigma={sigma!r} is not a noise level: give a number or a tensor [{len(z)}].") from error
         sigma = sigma if sigma.is_floating_point() else sigma.float()
         if sigma.ndim == 0:
             sigma = sigma.expand(z.shape[0])
         if sigma.shape != z.shape[:1]:
             raise ValueError(f"sigma has shape {list(sigma.shape)}: give a number or one value per sample, [{len(z)}].")
+        if len(z) == 0:
+            raise ValueError("the batch is empty: give at least one sample to denoise.")
         if block is None:
             block = self._single_block(sigma)
         else:
@@ -235,10 +251,12 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             save_directory: where to.
             is_main_process: write only if true.
             push_to_hub: upload afterwards, as in transformers (``repo_id``, ``token``, … in ``kwargs``).
+            **kwargs: ``max_shard_size`` is held to: a block lies in one file, which must not be larger.
 
         Raises:
             NotADirectoryError: if the path is a file.
-            ValueError: if this model holds some blocks only and the directory holds another model.
+            ValueError: if this model holds some blocks only and the directory holds another model, or a block is
+                larger than ``max_shard_size``.
             OSError: if the disk is full; nothing half written stays.
         """
         target = Path(save_directory)
@@ -248,12 +266,13 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             self.config.architectures = [type(self).__name__]
             self.config.dtype = self.dtype
             state_dict = kwargs.pop("state_dict", None) or self._own_state_dict()
+            limit = kwargs.pop("max_shard_size", None)
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target if target.exists() else target.parent
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as temporary:
                 staging = Path(temporary) / "model"
                 staging.mkdir()
-                self._write_files(staging, state_dict, target)
+                self._write_files(staging, state_dict, target, limit)
                 if target.exists():
                     serialization.move_files(staging, target)
                 else:
@@ -271,7 +290,11 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         return self.state_dict()
 
     def _write_files(
-        self, staging: Path, state_dict: dict[str, Tensor] | Iterator[dict[str, Tensor]], target: Path
+        self,
+        staging: Path,
+        state_dict: dict[str, Tensor] | Iterator[dict[str, Tensor]],
+        target: Path,
+        limit: int | str | None,
     ) -> None:
         """Write the files of a save to ``target`` into an empty directory."""
         partial = len(self.resident_blocks) < self.partition.num_blocks
@@ -289,7 +312,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         serialization.write_json(staging / "config.json", config)
         if self.can_generate():
             self.generation_config.save_pretrained(staging)
-        serialization.write_weights(staging, state_dict, beside=target if partial else None)
+        serialization.write_weights(staging, state_dict, target if partial else None, limit)
 
     @classmethod
     def from_pretrained(
@@ -333,13 +356,13 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
                 dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
                 config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
                 kwargs |= dtype
-            blocks = _checked_blocks(config.make_partition(), blocks)
+            blocks = checked_blocks(config.make_partition(), blocks)
             kwargs |= {"config": config, "blocks": blocks}
         paths = [find(name) for name in serialization.files_for(index, blocks)]
         for path in paths:
             serialization.verify_file(path, index)
         if not kwargs.get("ignore_mismatched_sizes"):
-            cls._check_files(find, kwargs.get("config"), blocks, paths)
+            check_files(cls, find, kwargs.get("config"), blocks, paths)
         if blocks is None:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -374,28 +397,9 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             raise ValueError(f"{file} lacks {len(missing)} weights of the model, {missing[0]!r} first.")
         return (model, info) if output_loading_info else model
 
-    @classmethod
-    def _check_files(
-        cls, find: serialization.FileFinder, config: Any, blocks: Sequence[int] | None, paths: list[Path]
-    ) -> None:
-        """Config and headers agree; nothing is allocated for that."""
-        if not isinstance(config, DiffusionBlocksConfig):
-            config = cls.config_class.from_pretrained(find("config.json").parent)
-        held = range(config.num_blocks) if blocks is None else blocks
-        check_number_of_weights(config.make_partition(), held, paths)
-        check_weights(lambda: cls(config, blocks=blocks), paths)
-
     def print_block_parameters(self) -> None:
         """Print a table of the parameters of each block, in the manner of peft's ``print_trainable_parameters``."""
         print(format_block_parameters(self))
-
-
-def _checked_blocks(partition: BlockPartition, blocks: Sequence[int]) -> list[int]:
-    if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not blocks:
-        raise ValueError(f"blocks={blocks!r} must list at least one block, such as [0]; None stands for all.")
-    for block in blocks:
-        partition.check_block(block)
-    return sorted(set(blocks))
 
 
 def format_block_parameters(model: BlockedPreTrainedModel) -> str:
@@ -418,11 +422,3 @@ def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
     # transformers renamed it; both names mean this.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, **kwargs})
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory so that a half-removed one is never taken for a whole one: rename first."""
-    if path.exists():
-        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)

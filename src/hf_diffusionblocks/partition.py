@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -23,11 +24,67 @@ _EDGE_TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True)
+class InformationProfile:
+    """How many nats each range of noise levels costs a denoiser: the likelihood bound, bin by bin.
+
+    Measured by :func:`~hf_diffusionblocks.likelihood.information_profile`.
+
+    Attributes:
+        edges: N + 1 noise levels, descending from sigma_max to sigma_min.
+        nats: of each of the N bins, highest noise first, per target; not negative.
+
+    Raises:
+        ValueError: for edges out of order, nats that are negative, not finite or all 0, or numbers that do not fit.
+    """
+
+    edges: tuple[float | int, ...]
+    nats: tuple[float | int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edges", tuple(float(edge) for edge in self.edges))
+        object.__setattr__(self, "nats", tuple(float(n) for n in self.nats))
+        if not self.nats or len(self.edges) != len(self.nats) + 1:
+            raise ValueError(
+                f"a profile of {len(self.nats)} nats has {len(self.edges)} edges: N bins have N + 1 edges."
+            )
+        descending = all(high > low for high, low in zip(self.edges, self.edges[1:], strict=False))
+        if not descending or not self.edges[-1] > 0 or not math.isfinite(self.edges[0]):
+            raise ValueError(
+                f"the profile's edges {list(self.edges)} must be finite, positive and strictly descending (highest "
+                "noise first)."
+            )
+        if not all(math.isfinite(n) and n >= 0 for n in self.nats):
+            bad = next(n for n in self.nats if not (math.isfinite(n) and n >= 0))
+            raise ValueError(f"the profile has a bin of {bad} nats: bins must be finite and not negative.")
+        if self.total == 0:
+            raise ValueError("the profile's bins are all 0: there is no information to share. Measure a trained model.")
+
+    @property
+    def total(self) -> float:
+        """Nats of all bins together: the likelihood bound."""
+        return math.fsum(self.nats)
+
+    def above(self, sigma: float | int) -> float:
+        """Nats from sigma_max down to a noise level; within a bin they grow evenly in log sigma."""
+        log_edges, cumulative = self._curve
+        return float(np.interp(-math.log(sigma), -log_edges, cumulative))
+
+    def level(self, nats: float | int) -> float:
+        """The noise level above which so many nats lie (inverse of :meth:`above`); the lowest where several do."""
+        log_edges, cumulative = self._curve
+        return math.exp(float(np.interp(nats, cumulative, log_edges)))
+
+    @property
+    def _curve(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.log(self.edges), np.concatenate([[0.0], np.cumsum(self.nats)])
+
+
+@dataclass(frozen=True)
 class BlockPartition:
     """Which layers and which noise levels each block owns.
 
     Use one of the constructors: :meth:`equal_probability` (the paper's), :meth:`uniform`, :meth:`log_uniform`,
-    :meth:`explicit`.
+    :meth:`equal_information` (from a pilot run), :meth:`explicit`.
 
     Attributes:
         edges: B + 1 noise levels, descending; ``edges[0] = sigma_max``, ``edges[B] = sigma_min``.
@@ -169,6 +226,54 @@ class BlockPartition:
             noise = LogNormalNoise(sigma_min=edges[-1], sigma_max=edges[0])
         return cls(tuple(edges), _spread(len(edges) - 1, num_layers, layers_per_block), noise, overlap)
 
+    @classmethod
+    def equal_information(
+        cls,
+        information: InformationProfile | tuple[Sequence[float | int], Sequence[float | int]],
+        num_blocks: int,
+        num_layers: int,
+        noise: LogNormalNoise | None = None,
+        overlap: float | int = 0.05,
+        layers_per_block: Sequence[int] | None = None,
+    ) -> "BlockPartition":
+        """Every block owns the same number of nats of the likelihood bound, as a pilot run measured them.
+
+        The paper's equal probability shares the training distribution equally, wherever it was put. For text that
+        leaves blocks without work: low noise is free, because the nearest embedding already is the answer. Here edge b
+        is the noise level above which ``b / B`` of the nats lie. Time warping (Dieleman et al. 2022, arXiv 2211.15089,
+        section 4.1) moves the training distribution to where the cross-entropy changes; this moves the edges and leaves
+        the distribution within a block as it is.
+
+        Args:
+            information: a profile, see :func:`~hf_diffusionblocks.likelihood.information_profile`, or its descending
+                edges and the nats between them.
+            num_blocks: B, between 1 and ``num_layers``.
+            num_layers: L.
+            noise: the training distribution; by default the standard one on the range that the profile spans.
+            overlap: gamma of App. C.
+            layers_per_block: as in :meth:`equal_probability`.
+
+        Raises:
+            ValueError: for a profile that is none or does not span the noise range, and as :meth:`equal_probability`.
+
+        Example:
+            >>> BlockPartition.equal_information(([80.0, 2.0, 0.5, 0.002], [1.0, 2.0, 1.0]), 2, 6).edges
+            (80.0, 1.0, 0.002)
+        """
+        if not isinstance(information, InformationProfile):
+            information = InformationProfile(*(tuple(values) for values in information))
+        first, last = information.edges[0], information.edges[-1]
+        noise = noise or LogNormalNoise(sigma_min=last, sigma_max=first)
+        for given, wanted, name in ((first, noise.sigma_max, "sigma_max"), (last, noise.sigma_min, "sigma_min")):
+            if not math.isclose(given, wanted, rel_tol=1e-9):
+                raise ValueError(
+                    f"the profile ends at {given}, the noise range at {name}={wanted}: measure the information of a "
+                    "model with the same noise range, or give that range."
+                )
+        layers = _spread(num_blocks, num_layers, layers_per_block)
+        shares = [information.total * b / len(layers) for b in range(1, len(layers))]
+        return cls((noise.sigma_max, *map(information.level, shares), noise.sigma_min), layers, noise, overlap)
+
     # -- the road ------------------------------------------------------------------------------------------------
 
     @property
@@ -269,6 +374,29 @@ class BlockPartition:
                 }
             )
         return rows
+
+
+def balanced_layers(num_layers: int, extra: Sequence[int]) -> tuple[int, ...] | None:
+    """Layers per block such that what each block holds in training is even.
+
+    A block that trains with auxiliary layers holds them too, so it gets fewer of the model's own; a remainder goes to
+    the last blocks, whose loss is the model's.
+
+    Args:
+        num_layers: L.
+        extra: number of auxiliary layers of each block.
+
+    Returns:
+        Layers of each block, or None if a block would be left without one.
+
+    Example:
+        >>> balanced_layers(6, (1, 1, 0))
+        (1, 2, 3)
+    """
+    whole, rest = divmod(num_layers + sum(extra), len(extra))
+    held = [whole + (b >= len(extra) - rest) for b in range(len(extra))]
+    layers = tuple(h - e for h, e in zip(held, extra, strict=True))
+    return layers if min(layers) > 0 else None
 
 
 def _with_ends(inner: Tensor, noise: LogNormalNoise) -> tuple[float, ...]:

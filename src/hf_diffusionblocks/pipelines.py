@@ -1,7 +1,8 @@
 """Pipelines: class labels in, images out, one block of the model per step."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,23 @@ from torch import Tensor
 
 from . import serialization
 from .families.dit import BlockedDiTModel
-from .sampling import Callback, guided, make_grid, make_solver, sample_with_scheduler
+from .sampling import StepEnd, guided, make_grid, make_solver, sample_with_scheduler
+from .suggest import unknown_name
 
 _MODEL_INDEX = "model_index.json"
 
 logger = logging.get_logger(__name__)
+
+
+@torch.no_grad()
+def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Images [batch, channels, height, width] in about [-1, 1] of latents as a latent model works with them.
+
+    Those are ``(z - shift_factor) * scaling_factor``, with the factors of the VAE's config.
+    """
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    z = latents.to(vae.device, vae.dtype) / vae.config.scaling_factor + shift
+    return vae.decode(z).sample
 
 
 class BlockedDiTPipeline(DiffusionPipeline):
@@ -36,6 +49,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
     model_cpu_offload_seq = "model->vae"
     _optional_components = ["scheduler", "vae"]
+    _callback_tensor_inputs = ["latents", "noisy", "denoised"]
 
     def __init__(self, model: BlockedDiTModel, scheduler: Any = None, vae: AutoencoderKL | None = None):
         super().__init__()
@@ -64,7 +78,8 @@ class BlockedDiTPipeline(DiffusionPipeline):
         latents: Tensor | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback: Callback | None = None,
+        callback_on_step_end: Callable[[Any, int, Any, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample one image per label.
 
@@ -79,13 +94,25 @@ class BlockedDiTPipeline(DiffusionPipeline):
             output_type: ``pil``, ``np`` ([batch, height, width, channels] in [0, 1]), ``pt`` ([batch, channels,
                 height, width] in [0, 1]) or ``latent`` (what the model itself samples, not decoded or clamped).
             return_dict: return an ``ImagePipelineOutput``, else a tuple.
-            callback: ``callback(step, sigma, z, denoised)`` after the evaluation that begins each step.
+            callback_on_step_end: ``callback(pipe, step, timestep, callback_kwargs)`` after each step, as in diffusers;
+                ``timestep`` is the scheduler's, of the built-in solvers the noise level that the step began with. It
+                returns a dict, whose ``latents`` are gone on with, or None.
+            callback_on_step_end_tensor_inputs: what ``callback_kwargs`` holds: ``latents`` (the state after the step),
+                ``noisy`` and ``denoised`` (z and D(z) with which it began).
 
         Raises:
             ValueError: for labels out of range, an unknown solver, grid or output type, or blocks that are not loaded.
         """
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type={output_type!r} must be 'pil', 'np', 'pt' or 'latent'.")
+        unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
+        if unknown:
+            raise ValueError(
+                unknown_name("callback_on_step_end_tensor_inputs", unknown.pop(), self._callback_tensor_inputs)
+            )
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1 switches guidance off.")
+        on_step_end = self._step_end(callback_on_step_end, callback_on_step_end_tensor_inputs)
         model, device = self.model, self._execution_device
         labels = torch.as_tensor(class_labels, device=device).reshape(-1)
         if len(labels) == 0:
@@ -105,6 +132,8 @@ class BlockedDiTPipeline(DiffusionPipeline):
                 f"guidance_scale={guidance_scale} needs the null class, which a model with label_dropout=0 never "
                 "trained. Use guidance_scale=1."
             )
+        if not bool(torch.isfinite(latents).all()):  # once per call; denoise itself does not look at every z
+            raise ValueError("latents holds values that are not finite; give standard normal noise.")
         training = model.training
         model.eval()
         try:
@@ -116,20 +145,31 @@ class BlockedDiTPipeline(DiffusionPipeline):
                     model.partition,
                     latents.to(device),
                     num_inference_steps,
-                    callback,
-                    generator,
-                    self.progress_bar,
+                    generator=generator,
+                    progress=self.progress_bar,
+                    on_step_end=on_step_end,
                 )
             else:
-                z = self._solve(denoise, latents.to(device), num_inference_steps, solver, grid, callback)
+                z = self._solve(denoise, latents.to(device), num_inference_steps, solver, grid, on_step_end)
         finally:
             model.train(training)
         images = self._decode(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
+    def _step_end(self, callback: Callable[..., Any] | None, names: Sequence[str]) -> StepEnd | None:
+        """diffusers' callback as the samplers call it."""
+        if callback is None:
+            return None
+
+        def after(step: int, timestep: Any, tensors: dict[str, Tensor]) -> Tensor:
+            changed = callback(self, step, timestep, {name: tensors[name] for name in names}) or {}
+            return changed.get("latents", tensors["latents"])
+
+        return after
+
     def _solve(
-        self, denoise: Any, noise: Tensor, steps: int, solver: str, grid: str, callback: Callback | None
+        self, denoise: Any, noise: Tensor, steps: int, solver: str, grid: str, on_step_end: StepEnd | None
     ) -> Tensor:
         solve = make_solver(solver)
         sigmas = make_grid(self.model.partition, steps, grid)
@@ -137,18 +177,16 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
             def after_step(step: int, sigma: float, z: Tensor, denoised: Tensor) -> None:
                 bar.update()
-                if callback is not None:
-                    callback(step, sigma, z, denoised)
 
             with self.model.expect_blocks([self.model.partition.block_of(sigma) for sigma in sigmas[:-1].tolist()]):
                 # z ~ sigma_max N(0, I)   (EDM, arXiv 2206.00364, Alg. 2)
-                return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step)
+                return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step, on_step_end)
 
     def _decode(self, z: Tensor, output_type: str) -> Any:
         if output_type == "latent":
             return z
         if self.vae is not None:
-            z = self.vae.decode(z.to(self.vae.dtype) / self.vae.config.scaling_factor).sample
+            z = decode_latents(self.vae, z)
         images = (z.float() / 2 + 0.5).clamp(0, 1)
         if output_type == "pt":
             return images
@@ -166,6 +204,11 @@ class BlockedDiTPipeline(DiffusionPipeline):
         """
         root = Path(save_directory)
         self.model.save_pretrained(root, **kwargs)
+        self.save_components(root)
+
+    def save_components(self, save_directory: str | os.PathLike) -> None:
+        """Write what belongs to a model that is saved already: ``scheduler/``, ``vae/`` and ``model_index.json``."""
+        root = Path(save_directory)
         for name in ("scheduler", "vae"):
             if getattr(self, name) is not None:
                 getattr(self, name).save_pretrained(root / name)
@@ -216,4 +259,4 @@ class BlockedDiTPipeline(DiffusionPipeline):
         return cls(model, **components)
 
 
-__all__ = ["BlockedDiTPipeline"]
+__all__ = ["BlockedDiTPipeline", "decode_latents"]

@@ -7,6 +7,7 @@ written beside its final name and renamed; missing folders are made. A path that
 """
 
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,12 +111,16 @@ def plot_memory(plan: Any, path: str | os.PathLike) -> Path:
     return _save(path, lambda: figures.memory_figure(plan))
 
 
-def plot_losses(run_dir: str | os.PathLike, path: str | os.PathLike) -> Path:
+def plot_losses(
+    run_dir: str | os.PathLike, path: str | os.PathLike, unit: str | None = None, whole: str = "all noise levels"
+) -> Path:
     """Draw a run's losses: each block's training loss over its updates, and held-out losses where there are any.
 
     Args:
         run_dir: a trainer's output directory, with ``updates.jsonl`` and perhaps ``evaluations.jsonl``.
         path: the PNG file to write.
+        unit: of the losses, for the axes.
+        whole: what the held-out loss that belongs to no block is of.
 
     Returns:
         The path that was written.
@@ -123,7 +128,52 @@ def plot_losses(run_dir: str | os.PathLike, path: str | os.PathLike) -> Path:
     Raises:
         ValueError: if the log is missing, empty or broken (a last line that is cut short is passed over).
     """
-    return _save(path, lambda: figures.losses_figure(Path(run_dir)))
+    return _save(path, lambda: figures.losses_figure(Path(run_dir), unit, whole))
+
+
+def plot_block_bits(
+    bits: Sequence[float],
+    partition: BlockPartition,
+    path: str | os.PathLike,
+    whole: float | None = None,
+    xlabel: str = "bits per character",
+) -> Path:
+    """Draw what each block of a language model scores, and the whole model beside them.
+
+    Args:
+        bits: a figure per block.
+        partition: names the layers of each block.
+        path: the PNG file to write.
+        whole: the model's figure.
+        xlabel: what is drawn, with its unit.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ValueError: unless there is one finite figure per block.
+    """
+    labels = [figures.name_block(partition, block) for block in range(partition.num_blocks)]
+    return _save(path, lambda: figures.block_bits_figure(bits, whole, labels, xlabel))
+
+
+def plot_text_samples(samples: Sequence[tuple[str, str]], path: str | os.PathLike, title: str | None = None) -> Path:
+    """Draw generated text.
+
+    Args:
+        samples: pairs of a prompt and the text that begins with it.
+        path: the PNG file to write.
+        title: line above the picture.
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ValueError: for no samples.
+    """
+    with warnings.catch_warnings():  # scripts that the font has no glyphs for are drawn as boxes
+        warnings.filterwarnings("ignore", message="Glyph")
+        return _save(path, lambda: figures.text_samples_figure(samples, title))
 
 
 def plot_curves(
@@ -258,10 +308,12 @@ def _save(path: str | os.PathLike, build: "Callable[[], Figure]") -> Path:
 __all__ = [
     "SampleGridCallback",
     "block_color",
+    "plot_block_bits",
     "plot_curves",
     "plot_denoising",
     "plot_losses",
     "plot_memory",
     "plot_partition",
+    "plot_text_samples",
     "save_sample_grid",
 ]

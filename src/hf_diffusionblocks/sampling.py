@@ -30,6 +30,10 @@ Denoise = Callable[[Tensor, float], Tensor]
 Callback = Callable[[int, float, Tensor, Tensor], None]
 """``callback(step, sigma, z, denoised)`` after each evaluation that begins a step."""
 
+StepEnd = Callable[[int, Any, dict[str, Tensor]], Tensor]
+"""``on_step_end(step, timestep, tensors) -> state`` after each step: ``tensors`` has the new state as ``latents``, and
+the ``noisy`` z and the ``denoised`` D that the step began with. What it returns is gone on with."""
+
 
 def make_grid(partition: BlockPartition, num_inference_steps: int, kind: str = "karras") -> Float[Tensor, "points"]:
     """Noise levels of a sampler: ``num_inference_steps`` levels and a final zero.
@@ -56,7 +60,11 @@ def make_grid(partition: BlockPartition, num_inference_steps: int, kind: str = "
 
 
 def sample_euler(
-    denoise: Denoise, z: Tensor, sigmas: Float[Tensor, "points"], callback: Callback | None = None
+    denoise: Denoise,
+    z: Tensor,
+    sigmas: Float[Tensor, "points"],
+    callback: Callback | None = None,
+    on_step_end: StepEnd | None = None,
 ) -> Tensor:
     """Euler's method (EDM, arXiv 2206.00364, Alg. 1 without the correction), first order.
 
@@ -65,6 +73,7 @@ def sample_euler(
         z: start, ``sigmas[0]`` times standard normal noise, [batch, ...].
         sigmas: descending noise levels [points]; the last may be 0.
         callback: called after each evaluation.
+        on_step_end: called after each step; the noise level is its timestep.
 
     Returns:
         The state at the last noise level, the shape of ``z``.
@@ -75,12 +84,18 @@ def sample_euler(
         if callback is not None:
             callback(step, sigma, z, denoised)
         # z' = z + (sigma' - sigma) (z - D) / sigma   (EDM, Alg. 2, lines 7-8)
-        z = z + (sigma_next - sigma) * (z - denoised) / sigma
+        noisy, z = z, z + (sigma_next - sigma) * (z - denoised) / sigma
+        if on_step_end is not None:
+            z = on_step_end(step, sigma, {"latents": z, "noisy": noisy, "denoised": denoised})
     return z
 
 
 def sample_heun(
-    denoise: Denoise, z: Tensor, sigmas: Float[Tensor, "points"], callback: Callback | None = None
+    denoise: Denoise,
+    z: Tensor,
+    sigmas: Float[Tensor, "points"],
+    callback: Callback | None = None,
+    on_step_end: StepEnd | None = None,
 ) -> Tensor:
     """Heun's method (EDM, arXiv 2206.00364, Alg. 2 without churn), second order, two evaluations a step.
 
@@ -97,7 +112,9 @@ def sample_heun(
             # trapezoidal correction   (EDM, Alg. 2, line 11)
             slope_next = (proposal - denoise(proposal, sigma_next)) / sigma_next
             proposal = z + (sigma_next - sigma) * (slope + slope_next) / 2
-        z = proposal
+        noisy, z = z, proposal
+        if on_step_end is not None:
+            z = on_step_end(step, sigma, {"latents": z, "noisy": noisy, "denoised": denoised})
     return z
 
 
@@ -145,13 +162,15 @@ def sample_with_scheduler(
     callback: Callback | None = None,
     generator: torch.Generator | list[torch.Generator] | None = None,
     progress: Callable[[Any], Any] = iter,
+    on_step_end: StepEnd | None = None,
 ) -> Tensor:
     """Sample with a diffusers scheduler; the scheduler steps, the partition routes.
 
-    Three kinds are known. *EDM-style* (``EDMEulerScheduler``, ``EDMDPMSolverMultistepScheduler``): state
+    Four kinds are known. *EDM-style* (``EDMEulerScheduler``, ``EDMDPMSolverMultistepScheduler``): state
     ``y + sigma eps``, the network's raw output goes in. *Sigma-based* (``EulerDiscreteScheduler``,
     ``HeunDiscreteScheduler``, ``EulerAncestralDiscreteScheduler``, ...): the same state. *Variance preserving*
-    (``DDIMScheduler``, ``DDPMScheduler``): state ``sqrt(alpha_bar) (y + sigma eps)``.
+    (``DDIMScheduler``, ``DDPMScheduler``): state ``sqrt(alpha_bar) (y + sigma eps)``. *Multistep*
+    (``DPMSolverMultistepScheduler``, ``UniPCMultistepScheduler``): the same state, with sigmas of their own.
 
     Args:
         denoise: the denoiser D(z, sigma).
@@ -162,6 +181,7 @@ def sample_with_scheduler(
         callback: called after each evaluation.
         generator: for stochastic schedulers.
         progress: wraps the iterable of timesteps in a progress bar.
+        on_step_end: called after each step, with the scheduler's timestep and state.
 
     Returns:
         The sample, the shape of ``noise``.
@@ -179,12 +199,16 @@ def sample_with_scheduler(
         # Heun-like schedulers evaluate some noise levels twice and list sigmas accordingly, one per timestep.
         levels = [float(s) for s in scheduler.sigmas[: len(timesteps)]]
     for level in levels:
-        partition.check_sigma(level)
-    state = noise * (1.0 if kind == "variance_preserving" else levels[0])  # z ~ sigma_max N(0, I)
+        try:
+            partition.check_sigma(level)
+        except ValueError as error:
+            raise ValueError(f"{error} {_how_to_fit(scheduler, partition)}") from error
+    preserving = kind in ("variance_preserving", "multistep")
+    state = noise * (1.0 if preserving else levels[0])  # z ~ sigma_max N(0, I)
     extra = _step_arguments(scheduler, generator)
     for step, t in enumerate(progress(timesteps)):
         sigma = levels[step]
-        scale = (1 + sigma**2) ** 0.5 if kind == "variance_preserving" else 1.0
+        scale = (1 + sigma**2) ** 0.5 if preserving else 1.0
         scheduler.scale_model_input(state, t)  # lets schedulers with a step counter find their place
         z = state * scale
         denoised = denoise(z, sigma).to(state.dtype)
@@ -192,6 +216,8 @@ def sample_with_scheduler(
             callback(step, sigma, z, denoised)
         output = _model_output(scheduler, kind, z, denoised, sigma)
         state = scheduler.step(output, t, state, **extra).prev_sample
+        if on_step_end is not None:
+            state = on_step_end(step, t, {"latents": state, "noisy": z, "denoised": denoised})
     return state
 
 
@@ -205,17 +231,43 @@ _SCHEDULER_KINDS = {
     "LMSDiscreteScheduler": "sigma",
     "DDIMScheduler": "variance_preserving",
     "DDPMScheduler": "variance_preserving",
+    "DPMSolverMultistepScheduler": "multistep",
+    "UniPCMultistepScheduler": "multistep",
 }
+# Those that take their noise levels from sigma_min and sigma_max, the second with Karras' levels only.
+_TAKES_RANGE = {"EDMEulerScheduler": "", "EDMDPMSolverMultistepScheduler": "", "EulerDiscreteScheduler": "karras"}
+
+
+def _how_to_fit(scheduler: Any, partition: BlockPartition) -> str:
+    """How a scheduler is brought into the model's noise range."""
+    name = type(scheduler).__name__
+    bounds = f"sigma_min={partition.noise.sigma_min:g}, sigma_max={partition.noise.sigma_max:g}"
+    if name in _TAKES_RANGE:
+        karras = "use_karras_sigmas=True, " if _TAKES_RANGE[name] else ""
+        return f"Make the scheduler with {name}({karras}{bounds})."
+    return (
+        f"{name} takes its noise levels from its betas, for networks of preconditioning='vp_epsilon': use "
+        f"EDMEulerScheduler({bounds}) or EulerDiscreteScheduler(use_karras_sigmas=True, {bounds}), or the built-in "
+        "solvers (scheduler=None)."
+    )
 
 
 def _scheduler_kind(scheduler: Any) -> str:
     for cls in type(scheduler).__mro__:
         if cls.__name__ in _SCHEDULER_KINDS:
-            return _SCHEDULER_KINDS[cls.__name__]
+            kind = _SCHEDULER_KINDS[cls.__name__]
+            flow = scheduler.config.get("use_flow_sigmas") or scheduler.config.prediction_type == "flow_prediction"
+            if kind == "multistep" and flow:
+                raise ValueError(
+                    f"{cls.__name__} with use_flow_sigmas or prediction_type='flow_prediction' steps along a straight "
+                    "path, not the one of y + sigma eps: leave both out."
+                )
+            return kind
     raise ValueError(
         f"{type(scheduler).__name__} cannot drive a blocked denoiser: use an EDM-style scheduler (EDMEulerScheduler, "
         "EDMDPMSolverMultistepScheduler), a sigma-based one (EulerDiscreteScheduler, HeunDiscreteScheduler, …), "
-        "DDIMScheduler or DDPMScheduler, or the built-in solvers (scheduler=None)."
+        "DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler or UniPCMultistepScheduler, or the built-in solvers "
+        "(scheduler=None)."
     )
 
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +23,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import cached_file
 
 from .retrying import NETWORK_ERRORS, Retries, one_line
 
@@ -68,6 +68,26 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def first_cause(error: BaseException) -> str:
+    """What went wrong at the bottom of a chain of errors, without temporary paths: ``No space left on device``."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = re.sub(r"\s*\(os error \d+\)", "", str(error)).strip()
+    # safetensors and torch wrap the system's words in their own
+    known = re.search(r"No space left on device|Disk quota exceeded|Permission denied|Read-only file system", text)
+    return known.group() if known else text.rstrip(".")
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a directory so that a half-removed one is never taken for a whole one: rename first."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -122,13 +142,18 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # a full disk arrives as this
-            raise OSError(f"cannot write {path}: {error}. Free disk space or choose another directory.") from error
+            raise OSError(
+                f"cannot write {path}: {first_cause(error)}. Free disk space or choose another directory."
+            ) from error
 
     atomic_write(path, write)
 
 
 def write_weights(
-    directory: Path, state_dict: dict[str, Tensor] | Iterable[dict[str, Tensor]], beside: Path | None = None
+    directory: Path,
+    state_dict: dict[str, Tensor] | Iterable[dict[str, Tensor]],
+    beside: Path | None = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Write a model's weights by block, then the index.
 
@@ -136,6 +161,10 @@ def write_weights(
         directory: where to, a directory without weights.
         state_dict: the weights; or parts of them, one after the other, each with all that goes into its files.
         beside: a saved model; the new index goes on listing its files of blocks that are not in ``state_dict``.
+        max_shard_size: what a file may take, in bytes or as text such as ``5GB``.
+
+    Raises:
+        ValueError: for a file that would take more.
     """
     weight_map: dict[str, str] = {}
     digests: dict[str, str] = {}
@@ -145,9 +174,11 @@ def write_weights(
         for key, tensor in part.items():
             files.setdefault(file_of_key(key), {})[key] = tensor
         for name, tensors in sorted(files.items()):
+            sizes[name] = sum(t.numel() * t.element_size() for t in tensors.values())
+            if max_shard_size is not None:
+                _check_shard_size(name, sizes[name], max_shard_size)
             write_tensors(directory / name, tensors)
             digests[name] = sha256(directory / name)
-            sizes[name] = sum(t.numel() * t.element_size() for t in tensors.values())
             weight_map.update(dict.fromkeys(tensors, name))
     if beside is not None and (beside / INDEX_NAME).is_file():
         old = read_index(beside / INDEX_NAME)
@@ -250,9 +281,22 @@ class FileFinder:
         if self.root.is_absolute() or self.name.startswith("."):
             raise ValueError(f"{self.name} is not a directory. Give a saved model's directory or a Hub id.")
         try:
+            from transformers.utils import cached_file
+
             return Path(Retries(failures=3).call(cached_file, self.name, name, **self.kwargs))
         except NETWORK_ERRORS as error:
             raise OSError(f"cannot get {describe_file(name)} of {self.name}: {one_line(error)}") from error
+
+
+def _check_shard_size(name: str, size: int, limit: int | str) -> None:
+    """Raise a ``ValueError`` if a weight file is larger than ``limit``: bytes, or text such as ``5GB``."""
+    from accelerate.utils.modeling import convert_file_size_to_int
+
+    if size > convert_file_size_to_int(limit):
+        raise ValueError(
+            f"max_shard_size={limit!r}, and {describe_file(name)} takes {size:,} bytes: a block lies in "
+            "one file. Leave max_shard_size out, or cut the model into more blocks."
+        )
 
 
 def verify_file(path: Path, index: dict) -> None:

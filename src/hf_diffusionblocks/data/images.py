@@ -5,6 +5,7 @@ trains on: ``pixel_values`` [B, C, H, W] in [-1, 1] and ``class_labels`` [B]. Ba
 the middle of a run.
 """
 
+import difflib
 import gzip
 import hashlib
 import json
@@ -75,7 +76,7 @@ class ImageDataset(Dataset):
         if len(images) == 0 or len(labels) == 0:
             raise ValueError("the data set is empty: at least one image is needed. Check the split and any filter.")
         self.images = images
-        self.labels = _class_labels(labels)
+        self.labels = class_indices(labels)
         if len(self.labels) != len(images):
             raise ValueError(f"{len(images)} images but {len(self.labels)} labels: each image needs one label.")
         largest = int(self.labels.max())
@@ -209,7 +210,7 @@ def load_image_dataset(
         source = repr(name_or_path) if isinstance(name_or_path, str) else f"a {type(name_or_path).__name__}"
         raise ValueError(f"{', '.join(given)}: no setting for {source}, which `datasets.load_dataset` does not load.")
     if is_hub:
-        dataset = _open_hub(name_or_path, split, loading)
+        dataset = open_hub(name_or_path, split, loading)
         images, labels, names = _load_hub(
             dataset, image_column, label_column, image_size, channels, max_samples, disable_progress
         )
@@ -227,10 +228,10 @@ def load_image_dataset(
         images, labels, names = _load_digits(split) if path is None else _load_idx(path, split)
         names = list(FASHION_MNIST_CLASSES) if name_or_path == "fashion-mnist" else names
     if max_samples is not None:
-        rows = torch.from_numpy(_subset(len(images), max_samples))
+        rows = torch.from_numpy(fixed_subset(len(images), max_samples))
         images, labels = images[rows], labels[rows]
     if not latents:
-        images = images if image_size is None else _square(images, image_size)
+        images = images if image_size is None else square(images, image_size)
         images = images.repeat(1, 3, 1, 1) if channels == 3 else images
     return ImageDataset(images, labels, names, scaling_factor=scaling_factor)
 
@@ -333,7 +334,7 @@ def cache_latents(
                     noise = torch.randn((len(rows), *z.shape[1:]), generator=generator) if noise is None else noise
                     z = z + distribution.std.float().cpu() * noise[i : i + batch_size]
                 latents.append(((z - shift) * scale).half())
-                labels.append(_class_labels(batch["class_labels"]))
+                labels.append(class_indices(batch["class_labels"]))
                 if (bad := _first_not_finite(latents[-1])) is not None:
                     raise ValueError(
                         f"the latent of row {rows[i + bad]} is not finite in {vae.dtype}: use dtype=torch.float32."
@@ -347,7 +348,7 @@ def cache_latents(
     return output_dir
 
 
-def _class_labels(labels: Any) -> Tensor:
+def class_indices(labels: Any) -> Tensor:
     """int64 labels [N]; ValueError naming the first row whose label is not an integer >= 0."""
     array = np.asarray(labels)
     if array.dtype.kind not in "iu" or array.ndim != 1:
@@ -375,12 +376,12 @@ def _first_not_finite(latents: Tensor) -> int | None:
     return None
 
 
-def _subset(length: int, max_samples: int) -> np.ndarray:
+def fixed_subset(length: int, max_samples: int) -> np.ndarray:
     """A fixed random subset, ascending. Larger subsets contain smaller ones."""
     return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])
 
 
-def _square(images: Tensor, size: int) -> Tensor:
+def square(images: Tensor, size: int) -> Tensor:
     """Central square of uint8 images [N, C, H, W], resized to [N, C, size, size]."""
     side = min(images.shape[-2:])
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
@@ -483,13 +484,15 @@ def _weights_fingerprint(module: torch.nn.Module) -> str:
 # Everything that `datasets` reads
 
 
-def _open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
+def open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
     """A ``datasets.Dataset`` or ``IterableDataset``; ``loading`` holds arguments of ``datasets.load_dataset``."""
     import datasets
     import pyarrow
 
     if isinstance(source, str):
         path = Path(source)
+        if not path.exists() and "/" not in source and difflib.get_close_matches(source, KNOWN_DATASETS, cutoff=0.7):
+            raise ValueError(unknown_name("data set", source, KNOWN_DATASETS))  # before the Hub is asked for it
         try:
             if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
                 source = datasets.load_from_disk(str(path))
@@ -502,11 +505,15 @@ def _open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
                 if "data_dir" in loading:
                     loading["data_dir"] = str(loading["data_dir"])
                 source = datasets.load_dataset(name, split=split, **loading)
+        except ValueError as err:
+            if "split" not in str(err):
+                raise
+            raise ValueError(f"{source} has no split {split!r} (train_split= or test_split= names it): {err}") from err
         except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as err:
             reason = str(err.__cause__ if isinstance(err, datasets.exceptions.DatasetGenerationError) else err)
             files = loading.get("data_files") or loading.get("data_dir")
             if files or path.exists():
-                raise ValueError(f"{files or path} cannot be read by `datasets`: {reason}") from err
+                raise ValueError(f"{files or path} (split {split!r}) cannot be read by `datasets`: {reason}") from err
             raise ValueError(
                 f"{unknown_name('data set', source, KNOWN_DATASETS)} It is no path on this machine either, and "
                 f"was not found on the Hub: {reason}"
@@ -531,14 +538,7 @@ def _load_hub(
 ) -> tuple[Tensor, Any, list[str] | None]:
     import datasets
 
-    dataset = dataset.with_format(None)
-    features = dataset.features or dict.fromkeys(next(iter(dataset), {}))  # a stream may not know its types
-    image_column = _column("image", image_column, features, datasets.Image, ("image", "img", "images", "png", "jpg"))
-    label_column = _column("label", label_column, features, datasets.ClassLabel, ("label", "labels", "cls", "class"))
-    names = getattr(features[label_column], "names", None)
-    if isinstance(features[image_column], datasets.Image):
-        # Encoded bytes: rows are decoded below, where a bad one can be named.
-        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    dataset, image_column, label_column, names = find_columns(dataset.with_format(None), image_column, label_column)
     cache = None
     if isinstance(dataset, datasets.IterableDataset):
         cells = list(dataset if max_samples is None else dataset.take(max_samples))
@@ -546,7 +546,7 @@ def _load_hub(
         rows = np.arange(len(cells))
     else:
         labels = dataset.select_columns(label_column)[:][label_column]
-        rows = _subset(len(dataset), max_samples or len(dataset))
+        rows = fixed_subset(len(dataset), max_samples or len(dataset))
         dataset = dataset if max_samples is None else dataset.select(rows)
         values = (v for start in range(0, len(rows), 256) for v in dataset[start : start + 256][image_column])
         if len(rows) > CACHE_MIN_IMAGES:
@@ -555,7 +555,7 @@ def _load_hub(
             cache = Path(datasets.config.HF_DATASETS_CACHE, "hf_diffusionblocks", name)
     if not labels:
         raise ValueError("the data set is empty: at least one image is needed. Check the split and any filter.")
-    labels = _class_labels(labels)
+    labels = class_indices(labels)
     # Classes are counted before rows are left out: a subset keeps the number of classes.
     names = [str(i) for i in range(int(labels.max()) + 1)] if names is None else names
     labels = labels[torch.from_numpy(rows)]
@@ -568,8 +568,8 @@ def _load_hub(
     bar = tqdm(values, "decoding", len(rows), delay=2, unit="img", disable=disable_progress)
     for i, value in enumerate(bar):
         mode = _MODES[channels] if channels else None if images is None else _MODES[images.shape[1]]
-        pixels = _decode(value, int(rows[i]), mode, strict=channels is None)
-        pixels = pixels if size is None else _square(pixels[None], size)[0]
+        pixels = decode_cell(value, int(rows[i]), mode, strict=channels is None)
+        pixels = pixels if size is None else square(pixels[None], size)[0]
         if images is None:
             images = torch.empty((len(labels), *pixels.shape), dtype=torch.uint8)
         if pixels.shape != images.shape[1:]:
@@ -582,6 +582,22 @@ def _load_hub(
         cache.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(cache, partial(save_file, {"images": images}))
     return images, labels, names
+
+
+def find_columns(
+    dataset: Any, image_column: str | None, label_column: str | None
+) -> tuple[Any, str, str, list[str] | None]:
+    """The data set with its images as encoded bytes, the names of both columns, and those of the classes."""
+    import datasets
+
+    features = dataset.features or dict.fromkeys(next(iter(dataset), {}))  # a stream may not know its types
+    image_column = _column("image", image_column, features, datasets.Image, ("image", "img", "images", "png", "jpg"))
+    label_column = _column("label", label_column, features, datasets.ClassLabel, ("label", "labels", "cls", "class"))
+    names = getattr(features[label_column], "names", None)
+    if isinstance(features[image_column], datasets.Image):
+        # Encoded bytes: rows are decoded below, where a bad one can be named.
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return dataset, image_column, label_column, names
 
 
 def _column(kind: str, wanted: str | None, features: Any, feature_type: type, usual: Sequence[str]) -> str:
@@ -597,7 +613,7 @@ def _column(kind: str, wanted: str | None, features: Any, feature_type: type, us
     return found[0]
 
 
-def _decode(value: Any, row: int, mode: str | None, strict: bool) -> Tensor:
+def decode_cell(value: Any, row: int, mode: str | None, strict: bool) -> Tensor:
     """uint8 pixels [C, H, W] of one cell: encoded bytes, a path, an array [H, W] or [H, W, C], or a PIL image."""
     import datasets
 

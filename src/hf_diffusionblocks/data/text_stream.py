@@ -40,6 +40,8 @@ class StreamingTextDataset(Dataset):
         IndexError: from indexing, beyond the end of the text or ``max_samples``.
     """
 
+    in_order = True  # the trainer reads from the beginning to the end, and makes a copy for each block
+
     def __init__(
         self,
         documents: Any,

@@ -20,6 +20,7 @@ Two contexts: ``independent`` (the paper's: each block reads the clean token emb
 """
 
 import copy
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -200,7 +201,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         rope = module.model.rotary_emb
         clean_positions, noisy_positions = rope(hidden, position_ids), rope(hidden, position_ids + 1)
         for i, layer in enumerate(module.model.layers):
-            args = (hidden, noisy, module.modulations[i](embedded), masks[i], clean_positions, noisy_positions)
+            args = (hidden, noisy, module.modulations[i], embedded, masks[i], clean_positions, noisy_positions)
             if self.training and layer.gradient_checkpointing:
                 hidden, noisy = checkpoint(two_stream_layer, layer, *args, use_reentrant=False)
             else:
@@ -246,7 +247,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
                     "see: give the target of the last token only, or run two_streams on all tokens."
                 )
             mask = attention_mask_for(layer, masks[i].noisy[..., dropped:], noisy)
-            noisy = noisy_layer(layer, noisy, module.modulations[i](embedded), keys, values, mask, positions)
+            noisy = noisy_layer(layer, noisy, module.modulations[i], embedded, keys, values, mask, positions)
         return module.norm(noisy)
 
     def _coefficients(self, sigma: Float[Tensor, "*tokens"]) -> Coefficients:
@@ -491,6 +492,13 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             return position_ids
         seen = cache.get_seq_length() if cache is not None else 0
         return torch.arange(seen, seen + like.shape[1], device=like.device)[None]
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which does not hand a streamer on to a callable ``custom_generate``; this does."""
+        streamer, custom = kwargs.get("streamer"), kwargs.get("custom_generate")
+        if streamer is not None and callable(custom):
+            kwargs["custom_generate"] = functools.partial(custom, streamer=streamer)
+        return super().generate(*args, **kwargs)
 
     def create_masks_for_generate(self, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
         """Keep ``generate`` from making masks for static caches: the blocks' decoders make their own."""

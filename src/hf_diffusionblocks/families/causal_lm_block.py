@@ -1,6 +1,7 @@
 """One block of a causal language model: transformers' own decoder of its layers, and what stands around it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,6 +34,12 @@ class CausalLMBlock(nn.Module):
             self.noisy_in = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         if config.readout == "edm":
             self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile each layer: no one calls a block as a whole. Of two streams, what runs on each: the MLPs."""
+        for decoder in (self.model, self.auxiliary):
+            for layer in decoder.layers if decoder is not None else ():
+                (layer if self.modulations is None else layer.mlp).compile(*args, **kwargs)
 
 
 _OUTPUTS = (("self_attn", "o_proj"), ("mlp", "down_proj"))

@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..config_checks import check_sizes
 from ..configuration import DiffusionBlocksConfig
+from ..partition import BlockPartition, balanced_layers
 from ..suggest import unknown_name
 
 READOUTS = ("clean", "exact", "edm")
@@ -50,7 +51,8 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         readout: ``clean``, ``exact`` or ``edm``; see the module.
         context: ``cascade`` or ``independent``; see the module.
         auxiliary_layers: layers between a block's output and its head that only its training loss sees. The last block
-            of a cascade has none, and none are used once trained.
+            of a cascade has none, and none are used once trained. ``layers_per_block`` is then by default such that
+            blocks hold equally many layers, auxiliary ones included.
         initialization: ``identity`` zeroes the output projections of new layers of auxiliary layers and of all blocks
             but the first of a cascade, so that a block starts by passing on what it gets; ``default`` leaves the
             base's.
@@ -60,8 +62,8 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
     Example:
         >>> base = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6,
         ...         "num_attention_heads": 4, "vocab_size": 100}
-        >>> BlockedCausalLMConfig(base_config=base, num_blocks=3).layers_per_block
-        [2, 2, 2]
+        >>> BlockedCausalLMConfig(base_config=base, num_blocks=3).layers_per_block  # and one auxiliary in the first two
+        [1, 2, 3]
     """
 
     model_type = "blocked_causal_lm"
@@ -75,6 +77,21 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        self.trained_blocks = sorted(set(self.trained_blocks or []))
+        base = self.make_base_config()
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self, name, None) is None:
+                setattr(self, name, getattr(base, name, None))
+        self.tie_word_embeddings = False  # the head is tied by the forward pass, not by sharing parameters
+
+    def _make_partition(self) -> BlockPartition:
+        self._check_settings()
+        if self.layers_per_block is None and isinstance(self.num_blocks, int) and self.num_blocks > 0:
+            extra = [self.auxiliary_layers_of(b) for b in range(self.num_blocks)]
+            self.layers_per_block = balanced_layers(self.num_layers, extra) if any(extra) else None
+        return super()._make_partition()
+
+    def _check_settings(self) -> None:
         for name, allowed in (("readout", READOUTS), ("context", CONTEXTS), ("initialization", INITIALIZATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(name, getattr(self, name), allowed))
@@ -93,12 +110,6 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             )
         if self.preconditioning != "edm":
             raise ValueError(f"preconditioning={self.preconditioning!r} is for images; language models use 'edm'.")
-        self.trained_blocks = sorted(set(self.trained_blocks or []))
-        base = self.make_base_config()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name, None) is None:
-                setattr(self, name, getattr(base, name, None))
-        self.tie_word_embeddings = False  # the head is tied by the forward pass, not by sharing parameters
 
     def complete_base_config(self, base_config: dict) -> dict:
         model_type = base_config.get("model_type")

@@ -11,7 +11,6 @@ and the head embed the label for themselves and would each drop it independently
 import os
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,14 +25,16 @@ from diffusers.models.normalization import AdaLayerNormZero
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
+from transformers.utils import logging
 
 from ..agreement import hub_name, weights_digest
 from ..config_checks import MAX_POSITIONS, check_sizes
 from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
+from .dit_conversion import base_preconditioning, load_base
 
-_BASE_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
+logger = logging.get_logger(__name__)
 
 _SIZES = (
     "num_layers",
@@ -188,11 +189,52 @@ class BlockedDiTModel(BlockedPreTrainedModel):
                 f"a batch holds {sorted(batch)}; the trainer needs 'pixel_values' and 'class_labels'. "
                 "Load it with load_image_dataset(image_column=…, label_column=…) or rename its columns."
             )
-        self.check_input(batch["pixel_values"], class_labels=batch["class_labels"])
+        pixels, labels = (_as_tensor(batch[name], name) for name in ("pixel_values", "class_labels"))
+        self.check_input(pixels, class_labels=labels)
+        if not pixels.is_floating_point():
+            raise ValueError(
+                f"pixel_values are {pixels.dtype}; the model learns from floating point values: scale pixels of 0 to "
+                "255 to [-1, 1] with pixel_values.float() / 127.5 - 1."
+            )
+        largest = float(pixels.abs().max()) if len(pixels) else 0.0
+        if self.config.in_channels in (1, 3) and 16 < largest < float("inf"):
+            raise ValueError(
+                f"pixel_values reach {largest:g}; pixels must lie in [-1, 1]: scale those of 0 to 255 with "
+                "pixel_values / 127.5 - 1."
+            )
+        self._check_labels(labels)
+
+    def check_dataset(self, dataset: Any) -> None:
+        """Raise a ``ValueError`` for a label out of range anywhere, where labels can be read without the images."""
+        labels = getattr(dataset, "labels", None)
+        if labels is None and "class_labels" in (getattr(dataset, "column_names", None) or ()):
+            labels = dataset.select_columns("class_labels").with_format("torch")[:]["class_labels"]
+        if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels):
+            self._check_labels(labels)
+
+    def wrong_rows(self, batch: dict[str, Tensor]) -> Tensor:
+        """Samples whose label is out of range, besides those that are not finite; see the base class."""
+        labels = batch["class_labels"]
+        return super().wrong_rows(batch) | (labels < 0) | (labels >= self.config.num_classes)
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """The null class is drawn by label dropout; data must not have it."""
+        wrong = (labels < 0) | (labels >= self.config.num_classes)
+        if len(labels) and bool(wrong.any()):
+            row = int(wrong.int().argmax())
+            raise ValueError(
+                f"class_labels run from {int(labels.min())} to {int(labels.max())} (row {row} is the first out of "
+                f"range); data of this model have labels of 0 to {self.config.num_classes - 1}. Correct the labels, or "
+                "set num_embeds_ada_norm (the number of classes) of the model."
+            )
 
     def check_input(self, z: Tensor, class_labels: Tensor | None = None) -> None:
         """Raise a ``ValueError`` for images of another shape than the model's or labels out of range."""
         wanted = (self.config.in_channels, self.config.sample_size, self.config.sample_size)
+        if not isinstance(z, Tensor):
+            raise ValueError(
+                f"the input is of type {type(z).__name__}: give a tensor [batch, channels, height, width]."
+            )
         if z.ndim != 4 or tuple(z.shape[1:]) != wanted:
             raise ValueError(
                 f"the input has shape {list(z.shape)}; this model takes [batch, {', '.join(map(str, wanted))}] "
@@ -200,6 +242,8 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             )
         if class_labels is None:
             raise ValueError(f"class_labels is missing: give one label of 0 to {self.config.num_classes} per sample.")
+        if not isinstance(class_labels, Tensor):
+            raise ValueError(f"class_labels is of type {type(class_labels).__name__}: give a tensor [{len(z)}].")
         if class_labels.shape != z.shape[:1] or class_labels.is_floating_point():
             raise ValueError(
                 f"class_labels has shape {list(class_labels.shape)} and dtype {class_labels.dtype}: "
@@ -255,8 +299,9 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             base: a diffusers ``DiTTransformer2DModel``, a ``DiTPipeline``, the directory or Hub id of either (weights
                 are copied), or a mapping with the base's config (weights are new).
             num_blocks: B, default 3.
-            **settings: fields of :class:`BlockedDiTConfig`. For a pretrained noise-prediction network give
-                ``preconditioning="vp_epsilon"``; its ``noise_schedule`` is taken from a pipeline's scheduler.
+            **settings: fields of :class:`BlockedDiTConfig`. Of a pipeline whose scheduler predicts epsilon,
+                ``preconditioning="vp_epsilon"`` and the scheduler's ``noise_schedule`` are the default; of a bare DiT,
+                ``edm``, with a warning.
 
         Returns:
             The blocked model in the base's dtype. Every block gets its own layers and a copy of the base's stem and
@@ -268,10 +313,14 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         if isinstance(base, Mapping):
             return cls(cls.config_from(base, num_blocks, **settings))
         base_model = hub_name(base)
-        base, scheduler = _load_base(base)
-        if settings.get("preconditioning") == "vp_epsilon" and "noise_schedule" not in settings and scheduler:
-            known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-            settings["noise_schedule"] = {k: scheduler[k] for k in known if scheduler.get(k) is not None}
+        base, scheduler = load_base(base)
+        settings = base_preconditioning(settings, scheduler)
+        if "preconditioning" not in settings:
+            logger.warning_once(
+                "this DiT came without a scheduler, so how it was trained is unknown: preconditioning='edm' is taken, "
+                "under which a network that predicts epsilon has to be trained anew. For such a one convert its "
+                "DiTPipeline, or give preconditioning='vp_epsilon' and noise_schedule."
+            )
         config = cls.config_from(dict(base.config), num_blocks, **settings)
         with torch.device("meta"):
             model = cls(config)
@@ -330,6 +379,15 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         return base.train(self.training)
 
 
+def _as_tensor(value: Any, name: str) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"{name} of a batch is of type {type(value).__name__}, not a tensor: a `datasets.Dataset` gives tensors "
+            'after dataset.with_format("torch").'
+        )
+    return value
+
+
 def _set_positions(module: PatchEmbed, device: torch.device | str | None = None) -> None:
     # A non-persistent buffer, which loading leaves without content.
     positions = get_2d_sincos_pos_embed(
@@ -352,50 +410,6 @@ def config_fields() -> frozenset[str]:
     """Settings of a blocked DiT besides its base and number of blocks."""
     fields = set(BlockedDiTConfig.__annotations__) | set(DiffusionBlocksConfig.__annotations__)
     return frozenset(fields - {"base_config", "num_blocks"} | {"id2label", "label2id"})
-
-
-def _load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
-    """The base network and, where there is one, its scheduler's config."""
-    from diffusers import DDPMScheduler, DiTPipeline
-
-    if isinstance(base, DiTPipeline):
-        return _as_dit(base.transformer), dict(base.scheduler.config)
-    if isinstance(base, (str, os.PathLike)):
-        root, name = Path(base), str(base)
-        if root.is_absolute() and not root.is_dir():
-            raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
-        place, config = _find_dit(name)
-        if config.get("_class_name") not in _BASE_CLASS_NAMES:
-            kind = config.get("_class_name") or config.get("model_type") or "an unknown model"
-            raise ValueError(f"{name} holds {kind}, which BlockedDiTModel cannot cut: give a DiT or a DiTPipeline.")
-        transformer = DiTTransformer2DModel.from_pretrained(name, **place)
-        try:  # all of diffusers' schedulers keep their config in a file of the same name
-            scheduler = DDPMScheduler.load_config(name, subfolder="scheduler")
-        except OSError:
-            scheduler = None
-        return _as_dit(transformer), scheduler
-    return _as_dit(base), None
-
-
-def _find_dit(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """Where a DiT lies in a directory or repository, at its root or in a pipeline's folder, and its config."""
-    for place in ({}, {"subfolder": "transformer"}):
-        try:
-            return place, DiTTransformer2DModel.load_config(name, **place)
-        except OSError as error:
-            problem = error
-    raise ValueError(
-        f"{name} holds neither a DiT (config.json) nor a DiTPipeline (transformer/config.json): {problem}"
-    ) from problem
-
-
-def _as_dit(base: Any) -> DiTTransformer2DModel:
-    if not isinstance(base, DiTTransformer2DModel):
-        raise ValueError(
-            f"{type(base).__name__} cannot be cut by BlockedDiTModel: give a diffusers {_BASE_CLASS_NAMES[0]}, a "
-            "DiTPipeline, or the directory or Hub id of one."
-        )
-    return base
 
 
 AutoConfig.register("blocked_dit", BlockedDiTConfig)

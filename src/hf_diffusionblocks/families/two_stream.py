@@ -7,12 +7,16 @@ streams is needed: a target's keys are the clean ones and its own, [targets, tok
 The base's layers do the work. What stands here is only the residual structure of a layer with the modulation in it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..conditioning import Modulation
 
 
 @dataclass
@@ -112,10 +116,31 @@ def attention_mask_for(layer: nn.Module, mask: Bool[Tensor, "..."] | None, hidde
     )
 
 
+def _modulated(norm: nn.Module, hidden: Tensor, modulation: Modulation, embedded: Tensor, start: int) -> Tensor:
+    shift, scale = modulation.parts(embedded, start, 2)
+    return norm(hidden) * (1 + scale) + shift
+
+
+def _gated(hidden: Tensor, branch: Tensor, modulation: Modulation, embedded: Tensor, start: int) -> Tensor:
+    return hidden + (1 + modulation.parts(embedded, start, 1)[0]) * branch
+
+
+def _recomputed(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """What is quick to compute but large to keep is computed again in the backward pass.
+
+    Each target has its own noise level, so shift, scale and gate are as large as the hidden state: with the norms,
+    a third of what a layer of the noisy stream would keep.
+    """
+    if torch.is_grad_enabled():
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+    return function(*args)
+
+
 def noisy_layer(
     layer: nn.Module,
     hidden: Float[Tensor, "batch targets width"],
-    modulation: tuple[Tensor, ...],
+    modulation: Modulation,
+    embedded: Float[Tensor, "batch targets dim"],
     keys: Tensor,
     values: Tensor,
     mask: Tensor,
@@ -126,30 +151,30 @@ def noisy_layer(
     Args:
         layer: with ``input_layernorm``, ``self_attn``, ``post_attention_layernorm`` and ``mlp``, as Llama's.
         hidden: the targets.
-        modulation: shift, scale and gate of attention and MLP.
+        modulation: gives shift, scale and gate of attention and MLP.
+        embedded: the targets' noise levels.
         keys: of the clean tokens, [batch, key heads, tokens, head width], rotated.
         values: the same.
         mask: who sees whom, as the attention implementation takes it.
         position_embeddings: of the targets.
     """
-    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-    x = layer.input_layernorm(hidden) * (1 + scale) + shift
     x = layer.self_attn(
-        hidden_states=x,
+        hidden_states=_recomputed(_modulated, layer.input_layernorm, hidden, modulation, embedded, 0),
         attention_mask=mask,
         position_embeddings=position_embeddings,
         past_key_values=_Append(keys, values),
     )[0]
-    hidden = hidden + (1 + gate) * x
-    x = layer.post_attention_layernorm(hidden) * (1 + mlp_scale) + mlp_shift
-    return hidden + (1 + mlp_gate) * layer.mlp(x)
+    hidden = _recomputed(_gated, hidden, x, modulation, embedded, 2)
+    x = layer.mlp(_recomputed(_modulated, layer.post_attention_layernorm, hidden, modulation, embedded, 3))
+    return _recomputed(_gated, hidden, x, modulation, embedded, 5)
 
 
 def two_stream_layer(
     layer: nn.Module,
     clean: Float[Tensor, "batch tokens width"],
     noisy: Float[Tensor, "batch targets width"],
-    modulation: tuple[Tensor, ...],
+    modulation: Modulation,
+    embedded: Float[Tensor, "batch targets dim"],
     masks: TwoStreamMasks,
     clean_positions: tuple[Tensor, Tensor],
     noisy_positions: tuple[Tensor, Tensor],
@@ -158,13 +183,13 @@ def two_stream_layer(
     record = _Record()
     # Not layer(...): transformers' own checkpointing would drop the record. Checkpoint this function instead.
     x = layer.self_attn(
-        hidden_states=layer.input_layernorm(clean),
+        hidden_states=_recomputed(layer.input_layernorm, clean),
         attention_mask=attention_mask_for(layer, masks.clean, clean),
         position_embeddings=clean_positions,
         past_key_values=record,
     )[0]
     clean = clean + x
-    clean = clean + layer.mlp(layer.post_attention_layernorm(clean))
+    clean = clean + layer.mlp(_recomputed(layer.post_attention_layernorm, clean))
     mask = attention_mask_for(layer, masks.noisy, noisy)
-    noisy = noisy_layer(layer, noisy, modulation, record.keys, record.values, mask, noisy_positions)
+    noisy = noisy_layer(layer, noisy, modulation, embedded, record.keys, record.values, mask, noisy_positions)
     return clean, noisy

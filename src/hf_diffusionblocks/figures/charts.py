@@ -121,7 +121,7 @@ def human_bytes(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-def losses_figure(run_dir: Path) -> "Figure":
+def losses_figure(run_dir: Path, unit: str | None = None, whole: str = "all noise levels") -> "Figure":
     """Figure of :func:`~hf_diffusionblocks.plots.plot_losses`."""
     updates, evaluations = (_read_log(run_dir / name) for name in ("updates.jsonl", "evaluations.jsonl"))
     if not updates:
@@ -139,7 +139,8 @@ def losses_figure(run_dir: Path) -> "Figure":
         left.plot(*running_median(x, y, window), **line)
         all_losses += y
     title = f"line: running median of {window} updates" if window > 1 else None
-    left.set(xlabel="updates of the block", ylabel="training loss", title=title)
+    unit = f", {unit}" if unit else ""
+    left.set(xlabel="updates of the block", ylabel=f"training loss{unit}", title=title)
     _log_if_wide(left, all_losses)
     if evaluations:
         right = axes[0, 1]
@@ -151,11 +152,11 @@ def losses_figure(run_dir: Path) -> "Figure":
             y = [math.nan if row.get(name) is None else float(row[name]) for row in evaluations]
             drawn += y
             block = None if name == "eval_loss" else int(name.rsplit("_", 1)[1])
-            line = {"color": "black", "label": "all noise levels"}
+            line = {"color": "black", "label": whole}
             if block is not None:
                 line = {"color": block_color(block), "ls": line_style(block), "label": f"block {block}"}
             right.plot(x, y, marker=marker, ms=4, lw=1.8, **line)
-        right.set(xlabel="iterations of all blocks", ylabel="held-out loss")
+        right.set(xlabel="iterations of all blocks", ylabel=f"held-out loss{unit}")
         _log_if_wide(right, drawn)
     _legend(figure)
     return figure

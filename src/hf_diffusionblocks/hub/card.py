@@ -6,6 +6,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import serialization
+from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 
 PAPER = "https://arxiv.org/abs/2506.14202"
@@ -16,9 +17,7 @@ _TEMPLATE = """---
 
 # {{ title }}
 
-A {{ family }} cut into {{ num_blocks }} blocks and trained block by block with denoising score matching
-(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202)). Each block is a denoiser for its own range of
-noise levels; sampling runs one block per step.
+{{ description }}
 
 ## Blocks
 
@@ -26,8 +25,7 @@ noise levels; sampling runs one block per step.
 {{ table }}
 ```
 
-Edges (noise levels, descending): {{ edges }}. Partition: {{ partition }}, overlap {{ overlap }}, preconditioning
-{{ preconditioning }}.
+{{ settings }}
 
 ## How to load
 
@@ -56,6 +54,7 @@ def model_card(
     figures: dict[str, Any] | None = None,
     dataset: str | None = None,
     pipeline_tag: str = "unconditional-image-generation",
+    base_model: str | None = None,
 ) -> ModelCard:
     """A card from the config and the measured figures.
 
@@ -67,6 +66,7 @@ def model_card(
         figures: measured figures, names to values; numbers become results in the metadata.
         dataset: name of the training data; a Hub id goes into the metadata.
         pipeline_tag: the Hub's task.
+        base_model: the pretrained network that was cut; a Hub id goes into the metadata.
     """
     figures = figures or {}
     results = [
@@ -84,27 +84,71 @@ def model_card(
         library_name="hf-diffusionblocks",
         pipeline_tag=pipeline_tag,
         tags=["diffusion-blocks", "block-wise-training", "arxiv:2506.14202"],
-        datasets=[dataset] if dataset and dataset.count("/") == 1 and not Path(dataset).exists() else None,
+        datasets=[dataset] if _is_hub_id(dataset) else None,
+        base_model=base_model if _is_hub_id(base_model) else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
-    config = model.config
     return ModelCard.from_template(
         data,
         template_str=_TEMPLATE,
         title=title,
-        family=type(model).__name__,
         class_name=type(model).__name__,
-        num_blocks=model.partition.num_blocks,
+        description=_description(model, base_model),
+        settings=_settings(model),
         table=format_block_parameters(model),
-        edges=", ".join(f"{edge:.6g}" for edge in model.partition.edges),
-        partition=config.partition,
-        overlap=config.overlap,
-        preconditioning=config.preconditioning,
         usage=usage,
         training=_table({**({"data": dataset} if dataset else {}), **(training or {})}) or "Not recorded.",
         figures=_table(figures) or "None were measured.",
     )
+
+
+def _is_hub_id(name: str | None) -> bool:
+    return bool(name) and name.count("/") == 1 and not Path(name).exists()
+
+
+def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
+    """What the model is and how its blocks were trained."""
+    config, count = model.config, model.partition.num_blocks
+    source = "(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
+    blocks = f"{count} blocks" if count > 1 else "one block"
+    if not isinstance(config, BlockedCausalLMConfig):
+        return (
+            f"A {type(model).__name__} cut into {blocks} and trained block by block with denoising score matching "
+            f"{source}. Each block is a denoiser for its own range of noise levels; sampling runs one block per step."
+        )
+    kind = config.base_config["model_type"]
+    made = f"{base_model or f'A pretrained {kind} model'}" if config.pretrained else f"A {kind} language model"
+    if count == 1:
+        return f"{made} in one block, trained end to end with the library of {source}."
+    how = "trained block by block with the cross-entropy of the next token"
+    context = (
+        "Each block reads what the blocks below it give, without a gradient; the last one's head gives the logits."
+        if config.context == "cascade"
+        else "Each block reads the clean tokens through its own layers only and is a language model by itself."
+    )
+    noise = (
+        " Each block denoises the next token's embedding in its own range of noise levels."
+        if config.two_stream
+        else " No block needs noise to be trained; the noise levels below are those that sampling along the grid uses."
+    )
+    auxiliary = (
+        f" In training, {config.auxiliary_layers} auxiliary layer(s) stand between a block and its loss; they are not "
+        "used afterwards."
+        if config.auxiliary_layers_of(0)
+        else ""
+    )
+    return f"{made} cut into {blocks}, {how} {source}. {context}{auxiliary}{noise}"
+
+
+def _settings(model: BlockedPreTrainedModel) -> str:
+    config = model.config
+    edges = ", ".join(f"{edge:.6g}" for edge in model.partition.edges)
+    text = f"Edges (noise levels, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}, "
+    text += f"preconditioning {config.preconditioning}."
+    if isinstance(config, BlockedCausalLMConfig):
+        text += f" Readout: {config.readout}. Context: {config.context}."
+    return text
 
 
 def write_model_card(directory: str | Path, card: ModelCard) -> Path:

@@ -137,7 +137,7 @@ class NextTokenPrediction:
         if self.distillation_weight:
             kept = labels.flatten() != IGNORED
             loss, parts = self._distil(model, block, batch, places, None, pairs, kept, loss)
-        return ObjectiveResult(loss, sigma[labels != IGNORED], _by_row(losses, labels), parts)
+        return ObjectiveResult(loss, sigma.flatten(), _by_row(losses, labels), parts)
 
     def _distil(
         self,
@@ -211,14 +211,15 @@ class NextTokenPrediction:
             features = model.language_hidden(hidden, None, None, **_filled(places, hidden))
             pairs = [(features.flatten(0, 1), model.language_head())]
             total.append(linear_cross_entropy(pairs, labels.flatten()).cpu())
+            scored = len(total[-1])
             for b in range(model.partition.num_blocks):
                 state = {"hidden_states": hidden} if model.config.context == "cascade" and b else {}
-                blocks[b].append(plain(model, b, batch | state, generator).loss.cpu())
+                blocks[b].append(plain(model, b, batch | state, generator).loss.cpu() * scored)
                 if model.config.context == "cascade":
                     hidden = model.clean_block(hidden, b, **places)
         model.train(training)
         losses = torch.cat(total)
-        per_block = [float(torch.stack(values).mean()) for values in blocks]
+        per_block = [float(torch.stack(values).sum() / len(losses)) for values in blocks]
         error = float(losses.std() / max(len(losses), 1) ** 0.5)
         return HeldOutLoss(float(losses.mean()), per_block, list(model.partition.edges), len(losses), error)
 
@@ -249,6 +250,6 @@ def noisy_targets(
 
 def _by_row(losses: Tensor, labels: Tensor) -> Tensor:
     """Mean loss of each row, detached."""
-    rows = (labels != IGNORED).nonzero()[:, 0]
-    sums = torch.zeros(len(labels), device=losses.device).index_add_(0, rows, losses.detach())
-    return sums / (labels != IGNORED).sum(1).clamp_min(1)
+    kept = labels != IGNORED
+    each = torch.zeros(labels.shape, device=losses.device).masked_scatter(kept, losses.detach())
+    return each.sum(1) / kept.sum(1).clamp_min(1)

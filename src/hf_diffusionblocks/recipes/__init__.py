@@ -1,64 +1,25 @@
 """Recipes: YAML presets of a whole run, with overrides. Every key is checked before any work."""
 
 import copy
-from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
-from ..families.dit import BlockedDiTConfig, BlockedDiTModel, base_config_defaults, config_fields
+from ..configuration import DiffusionBlocksConfig
+from ..families.causal_lm import BlockedForCausalLM
+from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
+from .families import FAMILIES, Family, check_text_recipe, language_model_base, language_model_config, model_keys
+from .sections import ImageData, ImageEvaluation, ImageSampling, TextData, TextEvaluation, TextSampling
 
 METHODS = ("blocked", "end_to_end", "shallow")
 MATCHES = ("updates", "compute")
-
-
-@dataclass
-class DataSettings:
-    """Where the data comes from; see :func:`hf_diffusionblocks.data.load_image_dataset`."""
-
-    name: str = "digits"
-    train_split: str = "train"
-    test_split: str = "test"
-    image_column: str | None = None
-    label_column: str | None = None
-    image_size: int | None = None
-    channels: int | None = None
-    data_dir: str | None = None
-    train_files: str | None = None
-    test_files: str | None = None
-    max_samples: int | None = None
-    scaling_factor: float = 1.0
-
-
-@dataclass
-class SamplingSettings:
-    """How images are sampled; every so many iterations during training too, if ``every`` is positive."""
-
-    num_inference_steps: int = 50
-    guidance_scale: float = 2.0
-    solver: str = "euler"
-    grid: str = "karras"
-    vae: str | None = None
-    every: int = 0
-
-
-@dataclass
-class EvaluationSettings:
-    """How a trained model is scored."""
-
-    num_samples: int = 1000
-    guidance_scale: float = 1.0
-    num_draws: int = 4
-    held_out_samples: int | None = None
-    batch_size: int = 250
-    classifier_epochs: int = 10
-    classifier_width: int = 32
-    feature_network: str = "classifier"
 
 
 @dataclass
@@ -67,10 +28,12 @@ class Recipe:
 
     Attributes:
         name: of the recipe.
-        family: only ``dit`` so far.
+        family: ``dit`` or ``causal_lm``.
         method: ``blocked``; or a baseline: ``end_to_end`` (all L layers at once) or ``shallow`` (L / B layers).
-        match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or B times as many.
-        model: config of the base network, or ``base``: a directory or Hub id to convert.
+        match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or as many as cost the same.
+        layers: number of layers of a shallow baseline; by default L / B, rounded up.
+        model: config of the base network (of a language model: with its ``model_type``), or ``base``: a directory or
+            Hub id to convert.
         blocks: fields of the blocked model's config.
         data, training, sampling, evaluation: settings of each.
     """
@@ -79,33 +42,66 @@ class Recipe:
     family: str = "dit"
     method: str = "blocked"
     match: str = "updates"
+    layers: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
-    data: DataSettings = field(default_factory=DataSettings)
+    data: ImageData | TextData = field(default_factory=ImageData)
     training: dict[str, Any] = field(default_factory=dict)
-    sampling: SamplingSettings = field(default_factory=SamplingSettings)
-    evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    sampling: ImageSampling | TextSampling = field(default_factory=ImageSampling)
+    evaluation: ImageEvaluation | TextEvaluation = field(default_factory=ImageEvaluation)
+
+    @property
+    def kind(self) -> Family:
+        """What the family's sections hold."""
+        return FAMILIES[self.family]
 
     def training_arguments(self) -> DiffusionBlocksTrainingArguments:
         """The training settings, checked."""
         return DiffusionBlocksTrainingArguments(**self.training)
 
-    def config(self) -> BlockedDiTConfig:
-        """The config of the model that this recipe trains (of a converted ``base``: after loading it)."""
+    def config(
+        self, vocab_size: int | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> DiffusionBlocksConfig:
+        """The config of the model that this recipe trains (of a converted DiT: after loading it).
+
+        Args:
+            vocab_size: of a language model whose recipe gives none; by default 257, the bytes.
+            tokenizer: gives a language model's vocabulary and special tokens.
+
+        Raises:
+            ValueError: if the settings, or the tokenizer, do not fit.
+        """
+        if self.family == "causal_lm":
+            return language_model_config(self.model, self.blocks, vocab_size, tokenizer)
         if "base" in self.model:
             return self.build_model().config
-        return BlockedDiTModel.config_from(self.model, **self.blocks)
+        return self.kind.model_class.config_from(self.model, **self.blocks)
 
-    def build_model(self, blocks: list[int] | None = None) -> BlockedDiTModel:
-        """A new model, or the converted ``model.base``."""
+    def build_model(
+        self, blocks: Sequence[int] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> BlockedPreTrainedModel:
+        """A new model, or the converted ``model.base``; see :meth:`config`.
+
+        Args:
+            blocks: hold these blocks only; a base is loaded whole and the others are dropped.
+            tokenizer: gives a language model's vocabulary and special tokens.
+        """
+        kind = self.kind.model_class
         if "base" in self.model:
-            return BlockedDiTModel.from_base(self.model["base"], **self.blocks)
-        return BlockedDiTModel(self.config(), blocks=blocks)
+            model = kind.from_base(self.model["base"], **self.blocks)
+            if blocks is not None:
+                for block in blocks:
+                    model.block(block)
+                for block in set(model.resident_blocks) - set(blocks):
+                    del model.blocks[str(block)]
+            return model
+        if self.family == "causal_lm":
+            config = BlockedForCausalLM.config_from(language_model_base(self.model, tokenizer=tokenizer), **self.blocks)
+            return kind(config, blocks=blocks)
+        return kind(self.config(), blocks=blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a YAML file."""
-        from dataclasses import asdict
-
         return asdict(self)
 
 
@@ -139,9 +135,7 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name_or_path} is not valid YAML: {error}") from error
-    for override in overrides:
-        _apply_override(values, override)
-    return make_recipe({"name": name, **values})
+    return make_recipe({"name": name, **values}, overrides)
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
@@ -156,28 +150,47 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = yaml.safe_load(text)
 
 
-def make_recipe(values: dict[str, Any]) -> Recipe:
+def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """A checked recipe from plain values; see :func:`load_recipe`."""
     values = copy.deepcopy(values)
+    for override in overrides:
+        _apply_override(values, override)
     _check_keys("recipe key", values, [f.name for f in fields(Recipe)])
-    sections = {"data": DataSettings, "sampling": SamplingSettings, "evaluation": EvaluationSettings}
-    for name, kind in sections.items():
+    family = values.setdefault("family", "dit")
+    for name, allowed in (("family", tuple(FAMILIES)), ("method", METHODS), ("match", MATCHES)):
+        if values.get(name, allowed[0]) not in allowed:
+            raise ValueError(unknown_name(name, values[name], allowed))
+    kind = FAMILIES[family]
+    for name in ("data", "sampling", "evaluation"):
         section = values.get(name) or {}
-        _check_section(name, section, [f.name for f in fields(kind)])
-        values[name] = kind(**section)
-    _check_section("training", values.get("training") or {}, [f.name for f in fields(DiffusionBlocksTrainingArguments)])
-    _check_section("model", values.get("model") or {}, ["base", *base_config_defaults()])
-    _check_section("blocks", values.get("blocks") or {}, ["num_blocks", *config_fields()])
+        _check_section(name, section, [f.name for f in fields(getattr(kind, name))], family)
+        values[name] = getattr(kind, name)(**section)
+    arguments = [f.name for f in fields(DiffusionBlocksTrainingArguments)]
+    for name, allowed in (("training", arguments), ("blocks", sorted(kind.block_fields)), ("model", None)):
+        section = values[name] = values.get(name) or {}
+        _check_section(name, section, None, family)
+        _check_section(name, section, model_keys(family, section) if allowed is None else allowed, family)
     recipe = Recipe(**values)
-    for name, allowed in (("family", ("dit",)), ("method", METHODS), ("match", MATCHES)):
-        if getattr(recipe, name) not in allowed:
-            raise ValueError(unknown_name(name, getattr(recipe, name), allowed))
+    if recipe.layers is not None:
+        _check_layers(recipe)
     for name, value in recipe.training.items():  # YAML reads 1e-4 as text
         recipe.training[name] = _number(value)
     recipe.training_arguments()
+    if family == "causal_lm":
+        check_text_recipe(recipe.model, recipe.data)
     if "base" not in recipe.model:
         recipe.config()
     return recipe
+
+
+def _check_layers(recipe: Recipe) -> None:
+    if isinstance(recipe.layers, bool) or not isinstance(recipe.layers, int) or recipe.layers < 1:
+        raise ValueError(f"layers={recipe.layers!r} must be a whole number of at least 1.")
+    if recipe.method != "shallow":
+        raise ValueError(
+            f"layers={recipe.layers} is the depth of method=shallow, not of method={recipe.method}: for another depth "
+            f"set model.{recipe.kind.layers_key}."
+        )
 
 
 def _number(value: Any) -> Any:
@@ -189,10 +202,11 @@ def _number(value: Any) -> Any:
     return value
 
 
-def _check_section(name: str, section: Any, allowed: list[str]) -> None:
+def _check_section(name: str, section: Any, allowed: list[str] | None, family: str) -> None:
     if not isinstance(section, dict):
         raise ValueError(f"the recipe's section {name!r} must hold settings, not {section!r}.")
-    _check_keys(f"key in section {name!r}", section, allowed)
+    if allowed is not None:
+        _check_keys(f"key in section {name!r} of family {family!r}", section, allowed)
 
 
 def _check_keys(what: str, section: dict[str, Any], allowed: list[str]) -> None:

@@ -1,14 +1,15 @@
 """Settings of a training run, under the names of transformers' `TrainingArguments` wherever they mean the same."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import wraps
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
-from ..suggest import unknown_name
+from ..suggest import as_number, unknown_name
 
 ORDERS = ("simultaneous", "sequential")
 LOWER_OUTPUTS = ("recompute", "disk")
@@ -100,7 +101,7 @@ class DiffusionBlocksTrainingArguments:
     seed: int = field(default=0, metadata={"help": "of everything random"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "worker processes per block's data stream"})
     logging_steps: int = field(default=50, metadata={"help": "log every so many iterations (updates of any block)"})
-    save_steps: int = field(default=0, metadata={"help": "checkpoint every so many iterations; 0: only at the end"})
+    save_steps: int = field(default=500, metadata={"help": "checkpoint every so many iterations; 0: only at the end"})
     save_total_limit: int | None = field(default=2, metadata={"help": "keep the newest checkpoints only"})
     eval_steps: int = field(default=0, metadata={"help": "held-out loss every so many iterations; 0: at the end"})
     eval_samples: int | None = field(default=1024, metadata={"help": "held-out samples to score during the run"})
@@ -109,6 +110,11 @@ class DiffusionBlocksTrainingArguments:
     cpu: bool = field(default=False, metadata={"help": "use the CPU even where there is an accelerator"})
 
     def __post_init__(self) -> None:
+        for entry in fields(self):  # YAML reads 1e-4 as text, and no as False
+            if entry.type in (int, float) and isinstance(getattr(self, entry.name), str):
+                setattr(self, entry.name, as_number(getattr(self, entry.name), entry.type))
+        if self.mixed_precision in (False, None):
+            self.mixed_precision = "no"
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to in ("none", "") else [self.report_to]
         for name, low in (
@@ -183,6 +189,24 @@ class DiffusionBlocksTrainingArguments:
         """All settings as plain values."""
         return asdict(self)
 
+
+def _name_unknown_settings(cls: type) -> type:
+    """Turn the ``TypeError`` of a misspelt keyword into a ``ValueError`` that names the nearest setting."""
+    known = [entry.name for entry in fields(cls)]
+    make = cls.__init__
+
+    @wraps(make)
+    def __init__(self: Any, *args: Any, **settings: Any) -> None:  # noqa: N807
+        for name in settings:
+            if name not in known:
+                raise ValueError(unknown_name("training argument", name, known))
+        make(self, *args, **settings)
+
+    cls.__init__ = __init__
+    return cls
+
+
+_name_unknown_settings(DiffusionBlocksTrainingArguments)
 
 # Settings that may differ when a run is resumed: they change what is written and where, never the weights.
 RESUMABLE_CHANGES = frozenset(

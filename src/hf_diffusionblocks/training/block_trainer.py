@@ -1,5 +1,6 @@
 """The trainer of one block. It knows nothing of other blocks: stepping several is a loop over such trainers."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,9 +12,25 @@ from torch import Tensor
 from ..modeling import BlockedPreTrainedModel
 from ..objectives import ObjectiveResult
 from .arguments import DiffusionBlocksTrainingArguments
-from .data_stream import SampleOrder, batches, derive_seed
+from .data_stream import batches, derive_seed, reader_of
 
 Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
+
+
+class BadSampleError(ValueError):
+    """A batch holds samples that cannot be learned from; the weights are those before the update."""
+
+
+@contextlib.contextmanager
+def _frozen(parameters: list[Tensor]) -> Iterator[None]:
+    """What other blocks train collects no gradient in this one's step: they would add it to their own."""
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
 
 
 class BlockTrainer:
@@ -43,6 +60,8 @@ class BlockTrainer:
             raise ValueError(f"block {block} has no parameter to train: all are frozen.")
         self.names = [name for name, _ in named]
         self.parameters = [parameter for _, parameter in named]
+        own = set(self.names)
+        self._foreign = [p for n, p in model.shared_parameters() if n not in own and p.requires_grad]
         decayed = [p for p in self.parameters if p.ndim > 1]
         others = [p for p in self.parameters if p.ndim <= 1]
         self.optimizer = torch.optim.AdamW(
@@ -73,13 +92,27 @@ class BlockTrainer:
             foreach=True,
         )
 
-    def _next_batch(self) -> dict[str, Tensor]:
+    def _describe(self, batch: dict[str, Tensor], wrong: Tensor, part: int) -> str:
+        """What is wrong with which rows of the data set; ``part`` of the update's forward passes met them."""
+        args, (dataset, order) = self.args, reader_of(self.dataset, self.args.seed, self.block)
+        size = args.per_device_train_batch_size
+        start = (self.updates * args.gradient_accumulation_steps + part) * size
+        rows = [order.indices(start, size)[i] for i in wrong.nonzero().flatten().tolist()]
+        named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
+        values = [n for n, v in batch.items() if v.is_floating_point() and not bool(torch.isfinite(v[wrong]).all())]
+        what = f"have non-finite {' and '.join(values)}" if values else "have labels out of range"
+        return (
+            f"{len(rows)} of {len(wrong)} samples in a batch {what}: rows {named} of the training data ({len(dataset)} "
+            "rows). Correct or remove them."
+        )
+
+    def _next_batch(self, part: int) -> dict[str, Tensor]:
         args = self.args
         if self._batches is None:
-            order = SampleOrder(len(self.dataset), args.seed, self.block)
+            dataset, order = reader_of(self.dataset, args.seed, self.block)
             per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
             self._batches = batches(
-                self.dataset,
+                dataset,
                 order,
                 self.updates * per_update,
                 args.per_device_train_batch_size,
@@ -87,12 +120,10 @@ class BlockTrainer:
                 pin_memory=self.accelerator.device.type == "cuda",
             )
         batch = next(self._batches)
-        for name, value in batch.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-                bad = int((~torch.isfinite(value)).flatten(1).any(1).sum())
-                raise ValueError(
-                    f"{bad} of {len(value)} samples in a batch have non-finite {name}. Clean the data set first."
-                )
+        wrong = self.model.wrong_rows(batch)
+        if bool(wrong.any()):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise BadSampleError(self._describe(batch, wrong, part))
         return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
 
     def step(self) -> dict[str, Tensor | float | int]:
@@ -102,10 +133,10 @@ class BlockTrainer:
         generator = torch.Generator().manual_seed(seed)
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         total, parts, sigmas = None, {}, []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), _frozen(self._foreign):
             torch.manual_seed(seed)  # dropout inside the layers
-            for _ in range(args.gradient_accumulation_steps):
-                batch = self._next_batch()
+            for part in range(args.gradient_accumulation_steps):
+                batch = self._next_batch(part)
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                     result = self.objective(self.model, self.block, batch, generator)
                 accelerator.backward(result.loss / args.gradient_accumulation_steps)

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from .. import serialization
 from ..modeling import BlockedPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
-from .data_stream import fetch
+from .data_stream import data_fingerprint, fetch
 
 _ROWS = 16  # rows per forward pass
 
@@ -101,19 +101,22 @@ def lower_outputs(
     tokens = fetch(dataset, [0])["input_ids"].shape[1]
     shape = (len(dataset), tokens, model.config.hidden_size)
     path, note = folder / f"block-{block:02d}.bin", folder / f"block-{block:02d}.json"
-    identity = {"shape": list(shape), "weights": _digest(model, block), "data": getattr(dataset, "fingerprint", None)}
-    if path.is_file() and note.is_file() and json.loads(note.read_text()) == identity:
+    identity = {"shape": list(shape), "weights": _digest(model, block), "data": data_fingerprint(dataset)}
+    size = 2 * int(np.prod(shape))
+    if _read(note) == identity and path.is_file() and path.stat().st_size == size:
         return WithLowerOutputs(dataset, path, shape)
+    for left in folder.glob(".block-*"):  # by a kill
+        left.unlink()
     training, device = model.training, next(model.parameters()).device
     model.eval()
     temporary = folder / f".block-{block:02d}.writing"
     with open(temporary, "wb") as file:  # reserve it: writing to a map on a full disk would kill the process
         try:
-            os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(shape)))
+            os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
             temporary.unlink()
             raise OSError(
-                f"{2 * int(np.prod(shape)):,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
+                f"{size:,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
                 "disk space, or use lower_outputs='recompute'."
             ) from error
     rows = np.memmap(temporary, dtype=np.uint16, mode="r+", shape=shape)
@@ -126,6 +129,7 @@ def lower_outputs(
         rows[indices] = hidden.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
     rows.flush()
     del rows
+    note.unlink(missing_ok=True)  # a note never describes another file, whenever the process is killed
     os.replace(temporary, path)
     serialization.write_json(note, identity)
     for lower in range(block):
@@ -133,6 +137,14 @@ def lower_outputs(
             (folder / name).unlink(missing_ok=True)
     model.train(training)
     return WithLowerOutputs(dataset, path, shape)
+
+
+def _read(note: Path) -> Any:
+    """What a note says; None if there is none that can be read."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _digest(model: BlockedPreTrainedModel, block: int) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from .. import serialization
-from ..modeling import BlockedPreTrainedModel, remove_tree
+from ..modeling import BlockedPreTrainedModel
+from ..serialization import remove_tree
 from .block_trainer import BlockTrainer
 from .residency import Residency
 
@@ -86,8 +87,8 @@ def write_checkpoint(
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(staging, ignore_errors=True)
         raise OSError(
-            f"cannot write {target}: {error}. Earlier checkpoints are untouched; free disk space and start the same "
-            "command again to go on from the last one."
+            f"cannot write {target}: {serialization.first_cause(error)}. Earlier checkpoints are untouched; free disk "
+            "space and start the same command again to go on from the last one."
         ) from error
     if keep is not None:
         for old in find_checkpoints(output_dir)[:-keep]:
@@ -104,7 +105,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / STATE_NAME
     if not path.is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {STATE_NAME}.")
-    advice = f"Remove {checkpoint} and resume from an older one."
+    advice = f"Remove {checkpoint} and {_older(checkpoint)}"
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         digest = state.pop("sha256")
@@ -128,21 +129,44 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
+def _older(checkpoint: Path) -> str:
+    """What to do without a checkpoint that is broken: the newest whole one before it."""
+    for other in reversed(find_checkpoints(checkpoint.parent)):
+        if other.name != checkpoint.name and int(other.name.split("-")[1]) < int(checkpoint.name.split("-")[1]):
+            try:
+                read_state(other)
+            except ValueError:
+                continue
+            return f"resume from the newest whole one before it, {other}."
+    return "start anew: no older one is whole."
+
+
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
-    """Raise a ``ValueError`` naming the first difference between a checkpoint's run and the current one."""
+    """Raise a ``ValueError`` naming what differs between a checkpoint's run and the current one."""
     for group, values in current.items():
-        old_values = saved.get(group, {})
-        for name in sorted(set(values) | set(old_values)):
-            old, new = old_values.get(name), values.get(name)
-            if json.loads(json.dumps(old)) != json.loads(json.dumps(new)):
-                raise ValueError(
-                    f"{checkpoint} belongs to another run: its {group} has {name}={old!r}, this one {name}={new!r}. "
-                    "Use the same settings to resume, or another output_dir (or --overwrite) to start anew."
-                )
+        differing = _differences(json.loads(json.dumps(saved.get(group, {}))), json.loads(json.dumps(values)))
+        if differing:
+            old, new = (", ".join(f"{name}={pair[i]!r}" for name, pair in differing.items()) for i in (0, 1))
+            raise ValueError(
+                f"{checkpoint} belongs to another run: its {group} has {old}, this one {new}. "
+                "Use the same settings to resume, or another output_dir (or --overwrite) to start anew."
+            )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries that differ, with both values; of dicts within, only their own entries that differ."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(old.keys() | new.keys()):
+        theirs, ours = old.get(name), new.get(name)
+        if isinstance(theirs, dict) and isinstance(ours, dict):
+            found |= {f"{name}.{key}": pair for key, pair in _differences(theirs, ours).items()}
+        elif theirs != ours:
+            found[name] = (theirs, ours)
+    return found
 
 
 def load_checkpoint(
@@ -177,7 +201,7 @@ def load_checkpoint(
             named = serialization.describe_file(path.name)
             raise ValueError(
                 f"{named} in {checkpoint} cannot be read: it is broken, or holds more than tensors and numbers. "
-                f"Remove {checkpoint} and resume from an older one."
+                f"Remove {checkpoint} and {_older(checkpoint)}"
             ) from error
         ema = serialization.read_tensors(checkpoint / f"ema-{block:02d}.safetensors")
         trainer.load(optimizer, state["blocks"][str(block)], ema)

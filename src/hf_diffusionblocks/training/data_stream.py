@@ -1,5 +1,6 @@
 """Which samples an update sees: a function of seed, block and update number alone, so that nothing has to be saved."""
 
+import copy
 import hashlib
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,23 @@ class SampleOrder:
             self._cached = {k: v for k, v in self._cached.items() if k == epoch - 1}
             self._cached[epoch] = torch.randperm(self.num_samples, generator=generator).tolist()
         return self._cached[epoch]
+
+
+class StreamOrder(SampleOrder):
+    """From the beginning to the end, over and over: the order of a data set that is read in order only, every block's.
+
+    Such a data set (``in_order`` is true) shuffles by itself, if at all.
+    """
+
+    def indices(self, start: int, count: int) -> list[int]:
+        return [position % self.num_samples for position in range(start, start + count)]
+
+
+def reader_of(dataset: Any, seed: int, block: int) -> tuple[Any, SampleOrder]:
+    """A block's data set and order. Blocks do not share a reader that goes forward only: each has a copy."""
+    if getattr(dataset, "in_order", False):
+        return copy.deepcopy(dataset), StreamOrder(len(dataset), seed, block)
+    return dataset, SampleOrder(len(dataset), seed, block)
 
 
 class _IndexBatches(Sampler):

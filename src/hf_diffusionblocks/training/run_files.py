@@ -4,11 +4,17 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from .checkpoint import find_checkpoints
 
 UPDATES_NAME = "updates.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
+
+
+def flat_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings as trackers take them: numbers, text, and everything else as text."""
+    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
 
 
 def truncate_log(path: Path, iteration: int) -> None:

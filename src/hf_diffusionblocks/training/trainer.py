@@ -18,16 +18,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
+from ..agreement import HISTORY
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
 from .block_order import block_schedule
-from .block_trainer import BlockTrainer, Objective
+from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
 from .residency import make_residency
-from .run_files import EVALUATIONS_NAME, UPDATES_NAME, set_aside, truncate_log
+from .run_files import EVALUATIONS_NAME, UPDATES_NAME, flat_values, set_aside, truncate_log
 
 
 class NonFiniteLossError(RuntimeError):
@@ -147,13 +148,11 @@ class DiffusionBlocksTrainer:
         if len(dataset) == 0:
             raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
         batch = fetch(dataset, list(range(min(4, len(dataset)))))
-        if not isinstance(batch, dict):
-            raise ValueError(
-                f"the {what} data set does not fit the model: a batch holds {type(batch).__name__}; "
-                "give a dict of tensors."
-            )
         try:
+            if not isinstance(batch, dict):
+                raise ValueError(f"a batch holds {type(batch).__name__}; give a dict of tensors.")
             self.model.check_batch(batch)
+            self.model.check_dataset(dataset)
         except ValueError as error:
             raise ValueError(f"the {what} data set does not fit the model: {error}") from error
 
@@ -180,7 +179,7 @@ class DiffusionBlocksTrainer:
         clean_staging(self.output_dir)
         self._resume(resume_from_checkpoint)
         if self.args.report_to:
-            self.accelerator.init_trackers("diffusionblocks", config=_flat(self.args.to_dict()))
+            self.accelerator.init_trackers("diffusionblocks", config=flat_values(self.args.to_dict()))
         self._notify("on_train_begin")
         start = time.perf_counter()
         bar = tqdm(
@@ -224,7 +223,10 @@ class DiffusionBlocksTrainer:
         if block != self.residency.active:
             rest = range(self.iteration, len(self.schedule))
             self.residency.pin(block, next((self.schedule[i] for i in rest if self.schedule[i] != block), None))
-        self._pending.append(self.trainers[block].step())
+        try:
+            self._pending.append(self.trainers[block].step())
+        except BadSampleError as error:
+            raise ValueError(f"{error} {self._keep_good_state()}") from error
         self.iteration += 1
         self.state.global_step = self.iteration
         bar.update()
@@ -242,12 +244,21 @@ class DiffusionBlocksTrainer:
             self._save_checkpoint()
         self.control.should_save = self.control.should_evaluate = False
 
+    def _keep_good_state(self) -> str:
+        """Before the run ends at an update that could not be made: save what was learned so far, and say where."""
+        if self.iteration == 0:
+            return "Nothing had been learned yet."
+        if not (self.output_dir / self._name).is_dir():
+            self._save_checkpoint()
+        return (
+            f"What was learned in {self.iteration} iterations is in {self.output_dir / self._name}: load it with "
+            f"{type(self.model).__name__}.from_pretrained to go on with corrected data."
+        )
+
     def _prepare_block(self, block: int) -> None:
         """Before the first update of a block, and before its next one after others were trained or the run resumed."""
-        self._prepared = block
-        if not self.sequential or self.args.gradient == "exact":
-            return  # a block starts from what the chain has made of it
-        if self.trainers[block].updates == 0:
+        chained = self.args.gradient == "exact"  # then a block starts from what the chain has made of it
+        if self.sequential and not chained and self.trainers[block].updates == 0:
             for lower, trainer in self.trainers.items():  # what is built upon is what will be saved
                 if lower < block and trainer.ema is not None:
                     self.residency.pin(lower)
@@ -259,6 +270,7 @@ class DiffusionBlocksTrainer:
             self.trainers[block].dataset = lower_outputs(
                 self.model, block, self.train_dataset, self.output_dir / "lower-outputs", self.args.disable_tqdm
             )
+        self._prepared = block
 
     def _notify(self, event: str, **values: Any) -> None:
         for callback in self.callbacks:
@@ -279,8 +291,8 @@ class DiffusionBlocksTrainer:
                 raise NonFiniteLossError(
                     f"the loss of block {row['block']} became {row['loss']} (gradient norm {row['grad_norm']}) in its "
                     f"update {row['update']} (iteration {row['iteration']}), with noise levels from "
-                    f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. The last good checkpoint is "
-                    f"{self._last_checkpoint()}. Lower the learning rate, clip the gradient, or check the data."
+                    f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. {self._last_checkpoint()} "
+                    "Lower the learning rate, clip the gradient, or check the data."
                 )
             rows.append(row)
         with open(self.output_dir / UPDATES_NAME, "a", encoding="utf-8") as file:
@@ -301,7 +313,9 @@ class DiffusionBlocksTrainer:
 
     def _last_checkpoint(self) -> str:
         found = find_checkpoints(self.output_dir)
-        return str(found[-1]) if found else "none yet"
+        if found:
+            return f"The last good checkpoint is {found[-1]}."
+        return f"No checkpoint had been written (save_steps={self.args.save_steps}; give a smaller one to have some)."
 
     @contextlib.contextmanager
     def _finish_update_on_signal(self) -> Iterator[None]:
@@ -382,26 +396,17 @@ class DiffusionBlocksTrainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
-        config = self.model.config.to_dict()
-        config = {
-            k: v
-            for k, v in config.items()
-            if k not in ("transformers_version", "_name_or_path", "architectures", "dtype", "trained_blocks")
-        }
+        changing = (*HISTORY, "architectures", "dtype")
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in changing}
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
         data = {"num_samples": len(self.train_dataset), "fingerprint": data_fingerprint(self.train_dataset)}
         return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
 
     def _save_checkpoint(self) -> None:
         self._flush()
+        keep = self.args.save_total_limit
         write_checkpoint(
-            self.output_dir,
-            self.iteration,
-            self.model,
-            self.trainers,
-            self.identity,
-            self.args.save_total_limit,
-            self.residency,
+            self.output_dir, self.iteration, self.model, self.trainers, self.identity, keep, self.residency
         )
         self._notify("on_save")
 
@@ -419,9 +424,6 @@ class DiffusionBlocksTrainer:
         check_identity(state["identity"], self.identity, checkpoint)
         load_checkpoint(checkpoint, state, self.model, self.trainers, self.residency)
         self.iteration = self.state.global_step = state["iteration"]
+        self._prepared = None
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
             truncate_log(self.output_dir / name, self.iteration)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}

@@ -1,0 +1,202 @@
+"""What training costs, in FLOPs: counted on the real modules and the real objective, from a config alone.
+
+Of L layers, end-to-end training runs each forward (1) and backward (2): 3 L layer passes per update. Block b of B runs
+its own layers, its auxiliary layers and its head forward and backward; a cascade's block also runs the layers below it
+forward, without gradient, on each batch (unless their outputs are kept on disk, when they are computed once)::
+
+    cascade of 2, 2 and 2 layers, one auxiliary layer    3 (2 + 1) + [3 (2 + 1) + 2] + [3 * 2 + 4] = 30 passes
+    end to end                                           3 * 6                                     = 18
+
+so an update of every block costs 1.67 end-to-end updates, not 1. Noisy targets are a second stream of tokens through
+the block's layers. Heads are counted too: with large vocabularies, B of them are no longer small.
+
+As in :mod:`.memory`, a step runs on fake tensors, which have shapes but no memory; torch's counter sees its matrix
+products, and attention by its mathematical definition (all pairs, no saving from causality). Two things are left out:
+what is not a matrix product, and a teacher. The loss is counted at all T positions, though the last one has no label.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel
+
+from .configuration import DiffusionBlocksConfig
+from .families.causal_lm_config import BlockedCausalLMConfig
+from .memory import _AnyValue
+from .memory_counting import set_mode
+from .modeling import BlockedPreTrainedModel
+from .objectives import default_objective
+from .suggest import unknown_name
+from .training.arguments import LOWER_OUTPUTS
+
+
+@dataclass(frozen=True)
+class BlockCompute:
+    """What an update of one block runs.
+
+    Attributes:
+        block: its number.
+        layers: layers of its own, forward and backward.
+        auxiliary_layers: layers that only its loss sees, forward and backward.
+        lower_layers: layers of blocks below it, forward only.
+        flops: of one update.
+    """
+
+    block: int
+    layers: int
+    auxiliary_layers: int
+    lower_layers: int
+    flops: float
+
+    @property
+    def layer_passes(self) -> int:
+        """In units of one layer's forward pass: 3 per trained layer, 1 per lower one. Heads and a second stream are not
+        in it."""
+        return 3 * (self.layers + self.auxiliary_layers) + self.lower_layers
+
+
+@dataclass(frozen=True)
+class TrainingCompute:
+    """What training costs.
+
+    Attributes:
+        blocks: what an update of each block runs.
+        end_to_end: FLOPs of an update of all L layers at once, without blocks' extras.
+        batch_size: samples per update.
+    """
+
+    blocks: tuple[BlockCompute, ...]
+    end_to_end: float
+    batch_size: int
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of one update of every block."""
+        return sum(block.flops for block in self.blocks)
+
+    @property
+    def ratio(self) -> float:
+        """One update of every block, in end-to-end updates."""
+        return self.flops / self.end_to_end
+
+    def total(self, updates: int) -> float:
+        """FLOPs of a run in which every block gets so many updates."""
+        return updates * self.flops
+
+    def format(self) -> str:
+        """A table, a line per block."""
+        lines = [
+            f"{'block':<8}{'layers':>8}{'auxiliary':>11}{'forward only':>14}{'FLOPs of an update':>22}{'ratio':>8}"
+        ]
+        for b in self.blocks:
+            lines.append(
+                f"{b.block:<8}{b.layers:>8}{b.auxiliary_layers:>11}{b.lower_layers:>14}{b.flops:>22.4g}"
+                f"{b.flops / self.end_to_end:>8.2f}"
+            )
+        lines.append(f"{'all':<41}{self.flops:>22.4g}{self.ratio:>8.2f}")
+        lines.append(f"{'end to end':<41}{self.end_to_end:>22.4g}{1.0:>8.2f}")
+        return "\n".join(lines)
+
+    __str__ = format
+
+
+def training_flops(
+    config: DiffusionBlocksConfig,
+    *,
+    batch_size: int = 1,
+    lower_outputs: str = "recompute",
+    passes: float | None = None,
+    gradient_checkpointing: bool = False,
+    **batch_settings: Any,
+) -> TrainingCompute:
+    """Count what training a blocked model costs, without allocating it.
+
+    Args:
+        config: of the model.
+        batch_size: samples per update.
+        lower_outputs: as in the training arguments: with ``disk``, lower layers run once per sample of the data set.
+        passes: over the data set, of each block; needed for ``disk`` only.
+        gradient_checkpointing: count the forward passes that are done again.
+        **batch_settings: for the family's ``dummy_batch``, such as ``tokens``.
+
+    Raises:
+        ValueError: for a setting that is not allowed.
+
+    Example:
+        >>> from hf_diffusionblocks import BlockedCausalLMConfig
+        >>> base = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6,
+        ...         "num_attention_heads": 4, "vocab_size": 10}
+        >>> config = BlockedCausalLMConfig(base_config=base, num_blocks=3, layers_per_block=[2, 2, 2])
+        >>> cost = training_flops(config, tokens=16)
+        >>> [block.layer_passes for block in cost.blocks]
+        [9, 11, 10]
+        >>> round(cost.ratio, 2)
+        1.67
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
+    if lower_outputs not in LOWER_OUTPUTS:
+        raise ValueError(unknown_name("lower_outputs", lower_outputs, LOWER_OUTPUTS))
+    if lower_outputs == "disk" and not (passes and passes > 0):
+        raise ValueError(f"passes={passes!r} with lower_outputs='disk': say how often each block reads the data set.")
+    times = 1 / passes if lower_outputs == "disk" else 1.0
+    whole = _count(_end_to_end(config), batch_size, gradient_checkpointing, batch_settings)
+    counted = _count(config, batch_size, gradient_checkpointing, batch_settings)
+    cascade = getattr(config, "context", "independent") == "cascade"
+    rows, below = [], 0
+    for block, (own, lower) in enumerate(counted):
+        layers = config.layers_per_block[block]
+        auxiliary = config.auxiliary_layers_of(block) if isinstance(config, BlockedCausalLMConfig) else 0
+        rows.append(BlockCompute(block, layers, auxiliary, below if cascade else 0, own + times * lower))
+        below += layers
+    return TrainingCompute(tuple(rows), float(whole[0][0]), batch_size)
+
+
+def _end_to_end(config: DiffusionBlocksConfig) -> DiffusionBlocksConfig:
+    """The config of the same layers in one block; of a language model, an ordinary one."""
+    changes = {"edges": None, "layers_per_block": None, "num_blocks": 1, "partition": "equal_probability"}
+    if isinstance(config, BlockedCausalLMConfig):
+        changes |= {"readout": "clean", "context": "independent", "auxiliary_layers": 0}
+    return type(config).from_dict(config.to_dict() | changes)
+
+
+def _count(
+    config: DiffusionBlocksConfig, batch_size: int, checkpointing: bool, batch_settings: dict[str, Any]
+) -> list[tuple[int, int]]:
+    """FLOPs of an update of each block, and of the forward pass of the layers below it."""
+    objective = default_objective(config)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    known: dict[tuple, tuple[int, int]] = {}
+    result = []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="cpu")
+        set_mode(model, checkpointing, preserve_rng_state=False)
+        batch = model.dummy_batch(batch_size, **batch_settings)
+        batch.pop("hidden_states", None)  # what lower blocks give is computed here
+        with _AnyValue():
+            for block in range(config.num_blocks):
+                shapes = tuple(tuple(p.shape) for _, p in model.block_parameters(block))
+                lower = _flops_below(model, block, batch)
+                key = (shapes, lower)
+                if key not in known:
+                    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                        objective(model, block, batch, torch.Generator()).loss.backward()
+                    known[key] = (counter.get_total_flops() - lower, lower)
+                result.append(known[key])
+    return result
+
+
+def _flops_below(model: BlockedPreTrainedModel, block: int, batch: dict[str, torch.Tensor]) -> int:
+    if getattr(model.config, "context", "independent") != "cascade" or block == 0:
+        return 0
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.context_of(block, batch["input_ids"])
+    return counter.get_total_flops()
+
+
+__all__ = ["BlockCompute", "TrainingCompute", "training_flops"]

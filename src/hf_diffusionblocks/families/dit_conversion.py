@@ -1,0 +1,99 @@
+"""Where a DiT that is to be cut comes from, and what its scheduler says about how it was trained."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
+
+BASE_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
+SCHEDULE_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+
+
+def load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
+    """The base network and, where there is one, its scheduler's config."""
+    if isinstance(base, DiTPipeline):
+        return _as_dit(base.transformer), dict(base.scheduler.config)
+    if isinstance(base, (str, os.PathLike)):
+        root, name = Path(base), str(base)
+        if root.is_absolute() and not root.is_dir():
+            raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
+        place, config = find_dit(name)
+        if config.get("_class_name") not in BASE_CLASS_NAMES:
+            kind = config.get("_class_name") or config.get("model_type") or "an unknown model"
+            raise ValueError(f"{name} holds {kind}, which BlockedDiTModel cannot cut: give a DiT or a DiTPipeline.")
+        transformer = DiTTransformer2DModel.from_pretrained(name, **place)
+        return _as_dit(transformer), scheduler_config(name)
+    return _as_dit(base), None
+
+
+def scheduler_config(name: str) -> dict | None:
+    """Config of the scheduler in a pipeline's directory or repository; None if it has none."""
+    try:  # all of diffusers' schedulers keep their config in a file of the same name
+        return DDPMScheduler.load_config(name, subfolder="scheduler")
+    except OSError:
+        return None
+
+
+def base_preconditioning(settings: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Settings with the preconditioning that a base's scheduler implies, where they give none.
+
+    A scheduler that predicts epsilon belongs to a DDPM-style network: ``vp_epsilon`` with its noise schedule (EDM,
+    arXiv 2206.00364, Table 1, VP). Without a scheduler nothing is known, and ``edm`` stays the default.
+
+    Raises:
+        ValueError: for a scheduler of another prediction, which no preconditioning here stands for.
+    """
+    settings = dict(settings)
+    if scheduler is None:
+        return settings
+    if "preconditioning" not in settings:
+        kind = scheduler.get("prediction_type", "epsilon")
+        if kind != "epsilon":
+            raise ValueError(
+                f"the base's scheduler has prediction_type={kind!r}; only networks that predict epsilon can be "
+                "converted as they are. Give preconditioning='edm' to train the converted network anew."
+            )
+        settings["preconditioning"] = "vp_epsilon"
+    if settings["preconditioning"] == "vp_epsilon" and "noise_schedule" not in settings:
+        settings["noise_schedule"] = {k: scheduler[k] for k in SCHEDULE_SETTINGS if scheduler.get(k) is not None}
+    return settings
+
+
+def load_components(name: str) -> tuple[SchedulerMixin | None, AutoencoderKL | None]:
+    """Scheduler and VAE of a pipeline's directory or repository, each None if it has none."""
+    config = scheduler_config(name)
+    scheduler_class = getattr(diffusers, (config or {}).get("_class_name", ""), None)
+    scheduler = None
+    if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
+        scheduler = scheduler_class.from_config(config)
+    try:  # of a directory without vae/, diffusers takes the config.json at the root
+        config = AutoencoderKL.load_config(name, subfolder="vae")
+    except OSError:
+        return scheduler, None
+    if config.get("_class_name") != "AutoencoderKL":
+        return scheduler, None
+    return scheduler, AutoencoderKL.from_pretrained(name, subfolder="vae")
+
+
+def find_dit(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Where a DiT lies in a directory or repository, at its root or in a pipeline's folder, and its config."""
+    for place in ({}, {"subfolder": "transformer"}):
+        try:
+            return place, DiTTransformer2DModel.load_config(name, **place)
+        except OSError as error:
+            problem = error
+    raise ValueError(
+        f"{name} holds neither a DiT (config.json) nor a DiTPipeline (transformer/config.json): {problem}"
+    ) from problem
+
+
+def _as_dit(base: Any) -> DiTTransformer2DModel:
+    if not isinstance(base, DiTTransformer2DModel):
+        raise ValueError(
+            f"{type(base).__name__} cannot be cut by BlockedDiTModel: give a diffusers {BASE_CLASS_NAMES[0]}, a "
+            "DiTPipeline, or the directory or Hub id of one."
+        )
+    return base

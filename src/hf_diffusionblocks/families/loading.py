@@ -1,0 +1,44 @@
+"""The config of a blocked model from whatever names a model, without its weights."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from ..configuration import DiffusionBlocksConfig
+from .causal_lm import BlockedForCausalLM
+from .dit import BlockedDiTModel
+from .dit_conversion import base_preconditioning, find_dit, scheduler_config
+
+
+def blocked_config_of(
+    source: str | os.PathLike | Mapping[str, Any], num_blocks: int | None = None
+) -> DiffusionBlocksConfig:
+    """The config of a blocked model, read or made from a base's.
+
+    Args:
+        source: directory or Hub id of a blocked model, a DiT, a DiTPipeline or a language model; or a mapping with a
+            base's config, that of a language model with its ``model_type``.
+        num_blocks: B of a base that is cut; a blocked model has its own.
+
+    Raises:
+        ValueError: if there is no such model, or it is none that can be cut.
+    """
+    if isinstance(source, Mapping):
+        if "model_type" not in source:
+            return BlockedDiTModel.config_from(source, num_blocks)
+        values = dict(source)
+        return BlockedForCausalLM.config_from(AutoConfig.for_model(values.pop("model_type"), **values), num_blocks)
+    name = str(source)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(name)
+    except OSError:
+        values = {}  # a pipeline has its DiT in a folder; find_dit says what is missing
+    if values.get("model_type") is not None:
+        config = AutoConfig.from_pretrained(name)
+        if isinstance(config, DiffusionBlocksConfig):
+            return config
+        return BlockedForCausalLM.config_from(config, num_blocks)
+    _, config = find_dit(name)
+    return BlockedDiTModel.config_from(config, num_blocks, **base_preconditioning({}, scheduler_config(name)))

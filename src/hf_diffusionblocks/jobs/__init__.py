@@ -1,0 +1,96 @@
+"""What each command does, as functions: the command line parses and calls these.
+
+``plan``, ``train``, ``evaluate`` and ``convert`` are for all families; :mod:`.images` and :mod:`.text` have each
+family's own.
+"""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..recipes import Recipe
+from . import images, text
+from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
+from .images import build_trainer, load_data, sample
+from .text import sample_text
+
+
+def _of(family: str) -> ModuleType:
+    return text if family == "causal_lm" else images
+
+
+def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
+    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
+    return _of(recipe.family).plan(recipe, say)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    blocks: list[int] | None = None,
+    lower: str | None = None,
+    resume: bool = True,
+    report: bool = True,
+    say: Say = print,
+) -> Path:
+    """``diffusionblocks train``: train, save the model, and (unless told otherwise) draw and score it.
+
+    Args:
+        recipe: of the run.
+        blocks: hold and train these only.
+        lower: for a block of a cascade, the directory of a model that holds the trained blocks below it.
+        resume: go on from the last checkpoint.
+        report: draw and score at the end.
+        say: prints.
+
+    Returns:
+        The directory of the saved model.
+    """
+    settings: dict[str, Any] = {"blocks": blocks, "resume": resume, "report": report, "say": say}
+    if recipe.family == "causal_lm":
+        return text.train(recipe, lower=lower, **settings)
+    if lower is not None:
+        raise ValueError(f"--lower {lower} is for a cascade of a language model: blocks of images stand alone.")
+    return images.train(recipe, **settings)
+
+
+def evaluate(
+    model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
+) -> dict[str, Any]:
+    """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
+    check_model_path(model_dir)
+    if recipe.family != "causal_lm" and family_of(model_dir) == "causal_lm":
+        raise ValueError(
+            f"{model_dir} is a language model, and recipe {recipe.name!r} of family {recipe.family!r} has no text: "
+            "name the recipe that it was trained with, such as --recipe pydoc-llama."
+        )
+    return _of(recipe.family).evaluate(model_dir, recipe, output, seed, say)
+
+
+def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+    """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
+    return _of(family_of(base)).convert(base, output_dir, settings, say)
+
+
+def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
+    """``diffusionblocks encode``: VAE latents of a recipe's images, for training on them."""
+    if recipe.family != "dit":
+        raise ValueError(f"recipe {recipe.name!r} is of family {recipe.family!r}: it has no images to encode.")
+    return images.encode(recipe, output_dir, split, batch_size, say)
+
+
+__all__ = [
+    "build_trainer",
+    "check_model_path",
+    "convert",
+    "encode",
+    "evaluate",
+    "family_of",
+    "load_data",
+    "pick_device",
+    "plan",
+    "read_recipe_of",
+    "sample",
+    "sample_text",
+    "train",
+]

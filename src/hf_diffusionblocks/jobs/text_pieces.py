@@ -1,0 +1,219 @@
+"""Tokenizer, data, model and trainer of a language model's recipe."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from ..data import load_documents, load_text_dataset, load_tokenizer
+from ..data.tokenizing import check_tokenizer, tokenizer_size
+from ..families.causal_lm import BlockedForCausalLM
+from ..recipes import Recipe
+from ..recipes.families import BYTES
+from ..recipes.sections import TRAINED_TOKENIZERS
+from ..training import DiffusionBlocksTrainer
+from ..training.residency import construction
+from .common import loading, pick_device
+
+# A tokenizer that is trained on a stream sees this many documents of its beginning.
+STREAM_DOCUMENTS = 20_000
+_SAME = ("base_config", "num_blocks", "layers_per_block", "readout", "context", "auxiliary_layers")
+
+
+def _source(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
+    if data.name is None:
+        raise ValueError(
+            f"recipe {recipe.name!r} names no text: give data.name= a text file, a directory or pattern of text files, "
+            "or the id of a data set on the Hub."
+        )
+    return {
+        "name": data.name,
+        "data_files": data.data_files,
+        "text_column": data.text_column,
+        "test_fraction": data.test_fraction,
+        "streaming": data.streaming,
+        "config_name": data.config_name,
+        **({"revision": data.revision} if data.revision else {}),
+    }
+
+
+def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split."""
+    data = recipe.data
+    if data.tokenizer is None and "base" in recipe.model:
+        return load_tokenizer(recipe.model["base"])
+    kind = data.tokenizer or "character"
+    if kind not in TRAINED_TOKENIZERS:
+        return load_tokenizer(kind)
+    texts: Iterable[str] = ()
+    if kind != "byte":
+        documents = load_documents(split=data.train_split, **_source(recipe))
+        if data.streaming:
+            texts = (row["text"] for row in islice(documents, STREAM_DOCUMENTS))
+        else:
+            texts = documents["text"]
+    return load_tokenizer(None, texts, kind=kind, vocab_size=data.vocab_size)
+
+
+def load_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
+    """Training and held-out rows of a recipe."""
+    data = recipe.data
+    shuffling = {"shuffle_buffer": data.shuffle_buffer, "seed": recipe.training_arguments().seed}
+    train = _load_rows(recipe, tokenizer, data.train_split, max_samples=data.max_samples, **shuffling)
+    return train, load_held_out(recipe, tokenizer)
+
+
+def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Held-out rows of a recipe."""
+    return _load_rows(recipe, tokenizer, recipe.data.test_split, max_samples=recipe.data.max_test_samples)
+
+
+def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, **settings: Any) -> Any:
+    data, source = recipe.data, _source(recipe)
+    return load_text_dataset(
+        source.pop("name"),
+        split,
+        tokenizer=tokenizer,
+        block_length=data.block_length,
+        packing=data.packing,
+        num_proc=data.num_proc,
+        disable_progress=recipe.training_arguments().disable_tqdm,
+        **source,
+        **settings,
+    )
+
+
+def planned_vocabulary(recipe: Recipe) -> int | None:
+    """The vocabulary's size without loading more than a plan needs; None if the recipe's model or base has its own."""
+    data = recipe.data
+    if "base" in recipe.model or "vocab_size" in recipe.model:
+        return None
+    if data.tokenizer == "byte":
+        return BYTES
+    if data.tokenizer == "bpe":
+        return data.vocab_size
+    if data.tokenizer in (None, "character") and data.name is None:
+        return BYTES
+    return tokenizer_size(make_tokenizer(recipe))
+
+
+def build_trainer(
+    recipe: Recipe,
+    train: Any,
+    held_out: Any | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    blocks: list[int] | None = None,
+    lower: str | None = None,
+    callbacks: list[Any] | None = None,
+) -> DiffusionBlocksTrainer:
+    """The trainer of a language model's recipe. The model's initial weights follow from the training seed.
+
+    Args:
+        recipe: with its method resolved.
+        train: rows.
+        held_out: rows, or None.
+        tokenizer: of the rows.
+        blocks: train these only. A cascade's job also holds the blocks below them, which it runs forward.
+        lower: directory of a saved model with the trained blocks below.
+        callbacks: of the trainer.
+
+    Raises:
+        ValueError: for a tokenizer or rows that do not fit the model, or a job that cannot be.
+    """
+    args = recipe.training_arguments()
+    config = recipe.config(tokenizer=tokenizer)
+    cascade = config.context == "cascade" and config.num_blocks > 1
+    if lower is not None and (blocks is None or not cascade or min(blocks) == 0):
+        raise ValueError(
+            f"--lower {lower} gives a cascade's job the trained blocks below its own: name a block above 0 with "
+            "--block, in a recipe with blocks.context=cascade."
+        )
+    for block in blocks or ():
+        config.make_partition().check_block(block)
+    held = blocks
+    if blocks is not None:
+        args.blocks = sorted(set(blocks))
+        if cascade and (lower is not None or config.pretrained):
+            held = list(range(max(blocks) + 1))
+    with torch.random.fork_rng(devices=[]), construction(args):
+        torch.manual_seed(args.seed)
+        model = recipe.build_model(held, tokenizer)
+    if lower is not None:
+        _take_lower_blocks(model, lower, min(blocks))
+    teacher = None
+    if args.distillation_weight > 0 or args.hidden_weight > 0:
+        if "base" not in recipe.model:
+            raise ValueError(
+                "training.distillation_weight and training.hidden_weight need model.base, the pretrained network to "
+                "learn from."
+            )
+        teacher = AutoModelForCausalLM.from_pretrained(recipe.model["base"])
+    try:
+        return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
+    except ValueError as error:
+        if blocks is not None:
+            raise ValueError(f"{error}{_how_to_mend(str(error), blocks)}") from error
+        raise
+
+
+def _how_to_mend(error: str, blocks: list[int]) -> str:
+    """The same advice in the words of the command line."""
+    if "train_shared=" in error:
+        return " On the command line: training.train_shared=none."
+    if "have not been trained" in error:
+        return (
+            f" On the command line: train --block {blocks[0] - 1} first, then --block {blocks[0]} with --lower, the "
+            "directory of the model that it saved."
+        )
+    return ""
+
+
+def _take_lower_blocks(model: BlockedForCausalLM, directory: str, count: int) -> None:
+    """Load the shared parts and the first so many blocks from a saved model."""
+    for block in range(count):  # one at a time: they may be streamed
+        below = BlockedForCausalLM.from_pretrained(directory, blocks=[block])
+        for name in _SAME:
+            theirs, ours = getattr(below.config, name), getattr(model.config, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"the blocks in {directory} belong to another model: its {name} is {theirs!r}, here {ours!r}. Use "
+                    "the same recipe for all blocks of a cascade."
+                )
+        model.block(block).load_state_dict(below.block(block).state_dict())
+    shared = {name: tensor for name, tensor in below.state_dict().items() if not name.startswith("blocks.")}
+    model.load_state_dict(shared, strict=False)
+    model.config.trained_blocks = list(below.config.trained_blocks)
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save a tokenizer beside a model, each file written beside its final name and renamed."""
+    with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=directory) as temporary:
+        tokenizer.save_pretrained(temporary)
+        for path in Path(temporary).iterdir():
+            os.replace(path, directory / path.name)
+
+
+def load_model(
+    model_dir: str, block_streaming: str | None = None
+) -> tuple[BlockedForCausalLM, PreTrainedTokenizerBase]:
+    """A saved blocked language model and its tokenizer.
+
+    Args:
+        model_dir: directory or Hub id.
+        block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
+
+    Raises:
+        ValueError: if one of them cannot be loaded, or they do not fit each other.
+    """
+    tokenizer = load_tokenizer(model_dir)
+    with loading(block_streaming):
+        model = BlockedForCausalLM.from_pretrained(model_dir)
+    check_tokenizer(tokenizer, model.config.vocab_size)
+    return model.to(pick_device()).eval(), tokenizer

@@ -1,0 +1,201 @@
+"""The sections of a recipe whose settings are the library's own, per family."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..generation import BRIDGES
+from ..sampling import GRIDS, SOLVERS
+from ..suggest import unknown_name
+
+MODES = ("decode", "denoise")
+FEATURE_NETWORKS = ("classifier", "inception")
+TRAINED_TOKENIZERS = ("character", "byte", "bpe")
+
+
+@dataclass
+class ImageData:
+    """Where images come from; see :func:`hf_diffusionblocks.data.load_image_dataset`."""
+
+    name: str = "digits"
+    train_split: str = "train"
+    test_split: str = "test"
+    image_column: str | None = None
+    label_column: str | None = None
+    image_size: int | None = None
+    channels: int | None = None
+    data_dir: str | None = None
+    train_files: str | None = None
+    test_files: str | None = None
+    max_samples: int | None = None
+    scaling_factor: float = 1.0
+
+
+@dataclass
+class TextData:
+    """Where text comes from and how it becomes rows; see :func:`hf_diffusionblocks.data.load_text_dataset`.
+
+    Attributes:
+        name: of the source: ``pydoc``, a file, directory, pattern or list of files, or a data set's id. A recipe
+            without one needs ``data.name=``.
+        tokenizer: ``character``, ``byte`` or ``bpe``, trained on the training split; or a directory or Hub id. None is
+            ``character``, or the base's own tokenizer where the recipe has a ``base``.
+        vocab_size: number of tokens for ``bpe``.
+        block_length: T, tokens per row.
+        revision, token: for ``datasets.load_dataset``.
+        max_samples, max_test_samples: keep the first so many rows. A stream needs both: it has no length of its own.
+    """
+
+    name: Any = None
+    train_split: str = "train"
+    test_split: str = "test"
+    data_files: Any = None
+    config_name: str | None = None
+    revision: str | None = None
+    text_column: str = "text"
+    tokenizer: str | None = None
+    vocab_size: int = 1024
+    block_length: int = 256
+    packing: str = "concatenate"
+    test_fraction: float = 0.05
+    max_samples: int | None = None
+    max_test_samples: int | None = None
+    streaming: bool = False
+    shuffle_buffer: int = 0
+    num_proc: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.streaming and (self.max_samples is None or self.max_test_samples is None):
+            raise ValueError(
+                f"data.streaming=true with data.max_samples={self.max_samples} and data.max_test_samples="
+                f"{self.max_test_samples}: a stream of text has no length, so give both numbers of rows."
+            )
+
+
+@dataclass
+class ImageSampling:
+    """How images are sampled; every so many iterations during training too, if ``every`` is positive."""
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 2.0
+    solver: str = "euler"
+    grid: str = "karras"
+    vae: str | None = None
+    every: int = 0
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("solver", SOLVERS), ("grid", GRIDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(f"sampling.{name}", getattr(self, name), allowed))
+        _check_whole("sampling", self, num_inference_steps=1, every=0)
+        _check_guidance("sampling", self)
+
+
+@dataclass
+class TextSampling:
+    """How text is generated.
+
+    Attributes:
+        prompts: what the samples start with.
+        max_new_tokens: tokens to add.
+        do_sample: draw tokens; otherwise take the likeliest.
+        temperature, top_k, top_p: as in transformers; act on f.
+        mode: ``decode``, from f as any language model; or ``denoise``, along the noise grid.
+        steps: noise levels per token (``denoise``); one per block by default.
+        grid, bridge: see :class:`~hf_diffusionblocks.generation.DenoisingConfig`.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: ["The "])
+    max_new_tokens: int = 200
+    do_sample: bool = True
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float = 0.95
+    mode: str = "decode"
+    steps: int | None = None
+    grid: str = "equal_probability"
+    bridge: str = "posterior_mean"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            self.prompts = [self.prompts]
+        if not self.prompts or not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
+            raise ValueError(
+                f"the prompt is empty (sampling.prompts={self.prompts!r}): give at least one character to go on from."
+            )
+        for name, low in (("max_new_tokens", 1), ("top_k", 1), ("steps", 1)):
+            value = getattr(self, name)
+            if (value is not None or name == "max_new_tokens") and (
+                isinstance(value, bool) or not isinstance(value, int) or value < low
+            ):
+                raise ValueError(f"sampling.{name}={value!r} must be a whole number of at least {low}.")
+        if not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
+            raise ValueError(f"sampling.temperature={self.temperature!r} must be positive; do_sample=false is greedy.")
+        if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
+            raise ValueError(f"sampling.top_p={self.top_p!r} must lie in (0, 1]; 1 leaves all tokens in.")
+        for name, allowed in (("mode", MODES), ("grid", GRIDS), ("bridge", BRIDGES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(unknown_name(f"sampling.{name}", getattr(self, name), allowed))
+
+
+@dataclass
+class ImageEvaluation:
+    """How a trained model of images is scored."""
+
+    num_samples: int = 1000
+    guidance_scale: float = 1.0
+    num_draws: int = 4
+    held_out_samples: int | None = None
+    batch_size: int = 250
+    classifier_epochs: int = 10
+    classifier_width: int = 32
+    feature_network: str = "classifier"
+
+    def __post_init__(self) -> None:
+        whole = {"num_samples": 2, "num_draws": 1, "batch_size": 1, "classifier_epochs": 1, "classifier_width": 1}
+        if self.held_out_samples is not None:
+            whole["held_out_samples"] = 1
+        _check_whole("evaluation", self, **whole)
+        _check_guidance("evaluation", self)
+        if self.feature_network not in FEATURE_NETWORKS:
+            raise ValueError(
+                unknown_name("evaluation.feature_network", self.feature_network, FEATURE_NETWORKS)
+                + " Other networks can be used from Python (hf_diffusionblocks.metrics.ModuleFeatures)."
+            )
+
+
+def _check_whole(section: str, settings: Any, **lowest: int) -> None:
+    """Raise a ``ValueError`` for a setting that is no whole number of at least its lowest value."""
+    for name, low in lowest.items():
+        value = getattr(settings, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ValueError(f"{section}.{name}={value!r} must be a whole number of at least {low}.")
+
+
+def _check_guidance(section: str, settings: Any) -> None:
+    value = settings.guidance_scale
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{section}.guidance_scale={value!r} must be a finite number; 1 switches guidance off.")
+
+
+@dataclass
+class TextEvaluation:
+    """How a trained language model is scored.
+
+    Attributes:
+        rows: held-out rows to score; None for all.
+        batch_size: rows per forward pass.
+        num_draws: noise levels drawn per token and block, for the likelihood bound; 2 or more give its error.
+    """
+
+    rows: int | None = None
+    batch_size: int = 16
+    num_draws: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "batch_size", "num_draws"):
+            value = getattr(self, name)
+            if value is None and name == "rows":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"evaluation.{name}={value!r} must be a whole number of at least 1.")
