@@ -32,7 +32,7 @@ from smollm2_arms import ARMS, BATCH, LENGTH, Arm
 from smollm2_probe import PROBES, alignment, freeze_others
 from smollm2_report import plot, table
 from smollm2_rivals import train_rival
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from hf_diffusionblocks import BlockedForCausalLM, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -65,6 +65,11 @@ def base_directory() -> Path:
     AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(temporary)
     os.replace(temporary, target)
     return target
+
+
+def load_config() -> Any:
+    """The base's config."""
+    return AutoConfig.from_pretrained(base_directory())
 
 
 @functools.lru_cache
@@ -179,8 +184,9 @@ def train_blocks(arm: Arm, base: Any, train: Rows, seed: int, texts: dict, folde
         model.requires_grad_(True)
         if path is not None:
             freeze_others(model, blocks)
+        rows = Rows(train.ids[number * arm.updates * BATCH :][: arm.updates * BATCH]) if arm.fresh_rows else train
         trainer = DiffusionBlocksTrainer(
-            model, args, train, objective=path, teacher=teacher, callbacks=[_EveryStep(curve)]
+            model, args, rows, objective=path, teacher=teacher, callbacks=[_EveryStep(curve)]
         )
         trainer.train()
     return model, curve
@@ -192,7 +198,7 @@ def run_arm(name: str, seed: int) -> dict:
     folder = WORK / "runs" / f"{os.getpid()}"
     tokenizer = load_tokenizer()
     base = AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32)
-    train, texts = load(arm.updates)
+    train, texts = load(arm.updates * (len(arm.stages) if arm.fresh_rows else 1))
     characters = {k: sum(len(tokenizer.decode(row[1:])) for row in rows) for k, rows in texts.items()}
     torch.manual_seed(seed)
     start = time.process_time()
@@ -259,24 +265,21 @@ def memory() -> None:
     path = RESULTS / "smollm2-memory.jsonl"
     done = {json.loads(line)["probe"] for line in path.read_text().splitlines()} if path.is_file() else set()
 
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32)
-
-    for name, probe in PROBES.items():
+    for name in PROBES:
         if name not in done:
-            row = {"probe": name, **probe(base)}
+            row = {"probe": name, **PROBES[name](load_config())}
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
 
 
 def align() -> None:
-    """Compare local targets' gradients with the whole network's on four rows of the training text."""
+    """Compare local targets' gradients with the whole network's on two updates' rows of the training text."""
 
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(base_directory(), dtype=torch.float32)
 
-    found = alignment(base, load(4 // BATCH)[0].ids)
+    found = alignment(base, load(2)[0].ids)
     text = "".join(json.dumps(row) + "\n" for row in found)
     (RESULTS / "smollm2-alignment.jsonl").write_text(text, encoding="utf-8")
 

@@ -64,6 +64,7 @@ class Arm:
         training: further arguments of the trainer.
         path: makes the objective from the base; None for the library's.
         rival: name of another method, and its settings.
+        fresh_rows: every stage has rows of its own, in place of the same ones.
         rates: factors on ``lr``, per stage.
         updates: of each layer.
         curve: score every so many updates.
@@ -78,6 +79,7 @@ class Arm:
     keep: int = 0
     rival: dict | None = None
     rates: tuple[float, ...] = ()
+    fresh_rows: bool = False
     warmup: float = WARMUP
     updates: int = UPDATES
     curve: int = UPDATES // 2
@@ -112,20 +114,30 @@ def _blocked(order: str, lr: float, blocks: int = 3, *, training: dict | None = 
 
 
 ARMS: dict[str, Arm] = {"base": Arm()}
-ARMS |= {f"full, lr {lr:.0e}": _full(lr) for lr in (2e-5, 5e-5, 1e-4, 2e-4)}
+ARMS |= {f"full, lr {lr:.0e}": _full(lr) for lr in (2e-5, 5e-5, 1e-4, 2e-4, 4e-4)}
 ARMS |= {f"last block of 3, lr {lr:.0e}": _blocked("last", lr) for lr in (5e-5, 1e-4, 2e-4, 4e-4)}
 ARMS |= {
     f"LoRA, r={r}, lr {lr:.0e}": Arm(lr=lr, rival={"name": "lora", "rank": r})
     for r in (8, 16)
-    for lr in (2e-4, 5e-4, 1e-3, 2e-3)
+    for lr in (5e-4, 1e-3, 2e-3, 4e-3)
 }
-for _lr in (5e-5, 1e-4, 2e-4):
+for _lr in (5e-5, 1e-4, 2e-4, 4e-4):
     ARMS |= {
         f"exact, top-down, B=3, lr {_lr:.0e}": _blocked("top-down", _lr, above="model"),
         f"exact, top-down, B=2, lr {_lr:.0e}": _blocked("top-down", _lr, 2, above="model"),
         f"exact, bottom-up, B=3, lr {_lr:.0e}": _blocked("bottom-up", _lr, above="model"),
         f"emulator, top-down, B=3, lr {_lr:.0e}": _blocked("top-down", _lr, above="base", keep=4),
         f"BAdam, B=3, lr {_lr:.0e}": Arm(lr=_lr, rival={"name": "badam", "blocks": 3, "switch": 10}, curve=UPDATES),
+    }
+for _lr in (1e-4, 2e-4, 4e-4):
+    # The earlier a layer, the smaller its steps; stages see rows of their own in "fresh rows".
+    ARMS |= {
+        f"exact, top-down, falling rates, B=3, lr {_lr:.0e}": _blocked(
+            "top-down", _lr, above="model", rates=(1.0, 0.5, 0.25)
+        ),
+        f"exact, top-down, falling rates, fresh rows, B=3, lr {_lr:.0e}": _blocked(
+            "top-down", _lr, above="model", rates=(1.0, 0.5, 0.25), fresh_rows=True
+        ),
     }
 ARMS |= {
     f"GaLore by layer, r=128, lr {lr:.0e}": Arm(lr=lr, rival={"name": "galore", "rank": 128, "gap": 200, "scale": 0.25})

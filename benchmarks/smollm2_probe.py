@@ -1,6 +1,7 @@
 """What a step of each way to fine-tune SmolLM2 holds, in bytes by kind, and its FLOPs, for smollm2.py.
 
-Counted on a real step in float32 without autocast: 1 row of 256 tokens. "Weights" are those of the whole model, which
+Counted on a step in float32 without autocast, 1 row of 256 tokens, of the real modules on fake tensors, which have
+shapes but no memory. "Weights" are those of the whole model, which
 every way here holds in memory; ``streamed_weights`` are what a job needs at a time: its block, the token embeddings and
 one other layer, passed through. FLOPs are ``torch.utils.flop_counter``'s, attention by its mathematical definition.
 """
@@ -10,12 +11,15 @@ from typing import Any
 
 import torch
 from smollm2_arms import BATCH, LAYERS, LENGTH, Above
-from smollm2_rivals import activate, loss_of, make_rival
+from smollm2_rivals import activate, adamw, loss_of, make_rival, with_adapters
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from hf_diffusionblocks import BlockedForCausalLM
+from hf_diffusionblocks.memory import _AnyValue
 from hf_diffusionblocks.memory_counting import MemoryUse, SavedTensors, held_bytes, state_of
 from hf_diffusionblocks.modeling import enable_checkpointing
 from hf_diffusionblocks.objectives import NextTokenPrediction
@@ -34,7 +38,7 @@ def freeze_others(model: Any, blocks: list[int], recompute: bool = False) -> Non
         own = number in blocks
         model.block(number).requires_grad_(own)
         if recompute and not own:
-            enable_checkpointing(model.block(number).model)
+            enable_checkpointing(model.block(number).model, preserve_rng_state=False)  # there is no dropout
 
 
 def measure(loss: Callable[[], Tensor], modules: list[Any], optimizer: torch.optim.Optimizer) -> MemoryUse:
@@ -69,63 +73,71 @@ def flops(loss: Callable[[], Tensor], modules: list[Any]) -> int:
     return counter.get_total_flops()
 
 
-def blocked(
-    make_base: Callable[[], Any], blocks: int, block: int, path: str, *, layers: bool = False, **config: Any
-) -> dict:
+def blocked(config: Any, blocks: int, block: int, path: str, *, layers: bool = False, **settings: Any) -> dict:
     """A job of one block.
 
     Args:
-        make_base: loads the base.
+        config: the base's.
         blocks: B.
         block: which.
         path: ``exact`` (through the blocks above), ``emulator`` (through every 4th layer of the base), ``local``.
         layers: recompute the own layers as well.
-        **config: of the blocked model.
+        **settings: of the blocked model.
     """
-    base = make_base()
-    model = BlockedForCausalLM.from_base(
-        base, num_blocks=blocks, layers_per_block=[LAYERS // blocks] * blocks, **{"auxiliary_layers": 0, **config}
-    ).train()
-    modules = [model]
-    freeze_others(model, [block], recompute=True)
-    if blocks == 1:
-        model.requires_grad_(True)
-    if layers:
-        enable_checkpointing(model)
-    objective: Any = NextTokenPrediction() if path == "local" else Above(base, keep=4 if path == "emulator" else 0)
-    if path == "emulator":
-        above = range(model.partition.layers(block)[-1] + 1, 30)
-        modules += [base.model.layers[i] for i in sorted({*above[3::4], *above[-1:]})]
-    batch = {"input_ids": torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+    settings = {"auxiliary_layers": 0, "layers_per_block": [LAYERS // blocks] * blocks, "pretrained": True, **settings}
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        model = BlockedForCausalLM(BlockedForCausalLM.config_from(config, blocks, **settings)).train()
+    with FakeTensorMode(allow_non_fake_inputs=True), _AnyValue():
+        base.to_empty(device="cpu")
+        model.to_empty(device="cpu")
+        modules = [model]
+        freeze_others(model, [block], recompute=True)
+        if blocks == 1:
+            model.requires_grad_(True)
+        if layers:
+            enable_checkpointing(model, preserve_rng_state=False)
+        objective: Any = NextTokenPrediction() if path == "local" else Above(base, keep=4 if path == "emulator" else 0)
+        if path == "emulator":
+            above = range(model.partition.layers(block)[-1] + 1, LAYERS)
+            modules += [base.model.layers[i] for i in sorted({*above[3::4], *above[-1:]})]
+        batch = {"input_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64)}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
 
-    def loss() -> Tensor:
-        return objective(model, block, batch, None).loss
+        def loss() -> Tensor:
+            return objective(model, block, batch, None).loss
 
-    use = measure(loss, modules, optimizer)
-    own = held_bytes(state_of(model.block(block))) + model.embed_tokens.weight.nbytes
-    layer = held_bytes(state_of(model.block(block).model.layers[0])) if blocks > 1 else 0
-    return use.to_dict() | {"streamed_weights": own + layer, "flops": flops(loss, modules)}
+        use = measure(loss, modules, optimizer)
+        own = held_bytes(state_of(model.block(block))) + model.embed_tokens.weight.nbytes
+        layer = held_bytes(state_of(model.block(block).model.layers[0])) if blocks > 1 else 0
+        return use.to_dict() | {"streamed_weights": own + layer, "flops": flops(loss, modules)}
 
 
-def rival(make_base: Callable[[], Any], checkpointing: bool = False, **settings: Any) -> dict:
+def rival(config: Any, checkpointing: bool = False, **settings: Any) -> dict:
     """A step of another method; of BAdam, on its first block, whose gradient has the longest way."""
-    base = make_base()
-    model, optimizer, visits = make_rival(settings, base, 0.0)
-    if visits:
-        optimizer = activate(base, visits[-1], 0.0)
-    if checkpointing:
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        model = with_adapters(base, settings["rank"]) if settings["name"] == "lora" else base
+    with FakeTensorMode(allow_non_fake_inputs=True), _AnyValue():
+        model.to_empty(device="cpu")
+        base.tie_weights()
         if settings["name"] == "lora":
+            optimizer, visits = adamw((p for p in model.parameters() if p.requires_grad), 0.0), []
+        else:
+            _, optimizer, visits = make_rival(settings, base, 0.0)
+        if visits:
+            optimizer = activate(base, visits[-1], 0.0)
+        if checkpointing:
             base.enable_input_require_grads()
-        enable_checkpointing(base)
-    batch = {"input_ids": torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)}
+            enable_checkpointing(base, preserve_rng_state=False)
+        batch = {"input_ids": torch.zeros(BATCH, LENGTH, dtype=torch.int64)}
 
-    def loss() -> Tensor:
-        return loss_of(base, batch)
+        def loss() -> Tensor:
+            return loss_of(base, batch)
 
-    use = measure(loss, [model], optimizer)
-    return use.to_dict() | {"streamed_weights": use.weights, "flops": flops(loss, [model])}
+        use = measure(loss, [model], optimizer)
+        return use.to_dict() | {"streamed_weights": use.weights, "flops": flops(loss, [model])}
 
 
 # What stands between a block and the loss: auxiliary layers (the base's next), or every so many of the layers above.
@@ -187,20 +199,20 @@ def alignment(make_base: Callable[[], Any], rows: Tensor) -> list[dict]:
     return found
 
 
-PROBES: dict[str, Callable[[Callable[[], Any]], dict]] = {
-    "full": lambda base: blocked(base, 1, 0, "local"),
-    "full, checkpointing": lambda base: blocked(base, 1, 0, "local", layers=True),
-    **{f"exact, B=3, block {b}": lambda base, b=b: blocked(base, 3, b, "exact") for b in range(3)},
-    "exact, B=3, block 0, checkpointing": lambda base: blocked(base, 3, 0, "exact", layers=True),
-    **{f"exact, B=2, block {b}": lambda base, b=b: blocked(base, 2, b, "exact") for b in range(2)},
-    **{f"emulator, B=3, block {b}": lambda base, b=b: blocked(base, 3, b, "emulator") for b in range(2)},
-    **{f"local, B=3, block {b}": lambda base, b=b: blocked(base, 3, b, "local") for b in range(2)},
+PROBES: dict[str, Callable[[Any], dict]] = {
+    "full": lambda config: blocked(config, 1, 0, "local"),
+    "full, checkpointing": lambda config: blocked(config, 1, 0, "local", layers=True),
+    **{f"exact, B=3, block {b}": lambda config, b=b: blocked(config, 3, b, "exact") for b in range(3)},
+    "exact, B=3, block 0, checkpointing": lambda config: blocked(config, 3, 0, "exact", layers=True),
+    **{f"exact, B=2, block {b}": lambda config, b=b: blocked(config, 2, b, "exact") for b in range(2)},
+    **{f"emulator, B=3, block {b}": lambda config, b=b: blocked(config, 3, b, "emulator") for b in range(2)},
+    **{f"local, B=3, block {b}": lambda config, b=b: blocked(config, 3, b, "local") for b in range(2)},
     **{
-        f"local, auxiliary, B=3, block {b}": lambda base, b=b: blocked(base, 3, b, "local", auxiliary_layers=1)
+        f"local, auxiliary, B=3, block {b}": lambda config, b=b: blocked(config, 3, b, "local", auxiliary_layers=1)
         for b in range(2)
     },
-    "LoRA, r=16": lambda base: rival(base, name="lora", rank=16),
-    "LoRA, r=16, checkpointing": lambda base: rival(base, name="lora", rank=16, checkpointing=True),
-    "BAdam, B=3, block 0": lambda base: rival(base, name="badam", blocks=3),
-    "GaLore by layer, r=128": lambda base: rival(base, name="galore", rank=128, gap=200, scale=0.25),
+    "LoRA, r=16": lambda config: rival(config, name="lora", rank=16),
+    "LoRA, r=16, checkpointing": lambda config: rival(config, name="lora", rank=16, checkpointing=True),
+    "BAdam, B=3, block 0": lambda config: rival(config, name="badam", blocks=3),
+    "GaLore by layer, r=128": lambda config: rival(config, name="galore", rank=128, gap=200, scale=0.25),
 }

@@ -78,6 +78,14 @@ class GaLore(torch.optim.Optimizer):
         """Nothing is left to do: each parameter was updated in the backward pass."""
 
 
+def with_adapters(base: Any, rank: int) -> Any:
+    """The base with LoRA (Hu et al. 2021, arXiv 2106.09685) on every linear layer but the head, alpha = 2 rank."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(base, config)
+
+
 def make_rival(settings: dict, base: Any, lr: float) -> tuple[Any, torch.optim.Optimizer, list[list[nn.Parameter]]]:
     """What is to be scored, its optimizer, and for ``badam`` the parameters of each block, from the last to the first.
 
@@ -89,11 +97,7 @@ def make_rival(settings: dict, base: Any, lr: float) -> tuple[Any, torch.optim.O
     base.train()
     base.requires_grad_(False)
     if settings["name"] == "lora":
-        from peft import LoraConfig, get_peft_model
-
-        rank = settings["rank"]
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(base, config)
+        model = with_adapters(base, settings["rank"])
         return model, adamw((p for p in model.parameters() if p.requires_grad), lr), []
     if settings["name"] == "galore":
         base.requires_grad_(True)

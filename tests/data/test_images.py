@@ -313,8 +313,8 @@ def test_channels_are_converted_and_grey_images_join_coloured_ones():
 def test_decoded_images_are_kept_on_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "CACHE_MIN_IMAGES", 5)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    decoded, decode = [], data._decode
-    monkeypatch.setattr(data, "_decode", lambda *args, **kw: decoded.append(args[1]) or decode(*args, **kw))
+    decoded, decode = [], data.decode_cell
+    monkeypatch.setattr(data, "decode_cell", lambda *args, **kw: decoded.append(args[1]) or decode(*args, **kw))
     source = hub_dataset(pictures(6))
     first = load_image_dataset(source)
     again = load_image_dataset(source)
@@ -337,7 +337,7 @@ def test_cifar10(shared_data):
     assert ds.images.shape == (200, 3, 32, 32) and ds.num_classes == 10 and ds.class_names[0] == "airplane"
     assert ds.labels.bincount(minlength=10).min() > 5
     source = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    row = data._subset(10_000, 200)[17]
+    row = data.fixed_subset(10_000, 200)[17]
     assert np.array_equal(np.array(source[int(row)]["image"]), ds.images[17].permute(1, 2, 0))
     assert source[int(row)]["label"] == ds.labels[17]
 
@@ -394,7 +394,7 @@ def test_bad_rows_are_named(tmp_path):
     with pytest.raises(ValueError, match="row 1, -1, is negative"):
         load_image_dataset(hub_dataset(raw[:2], [0, -1]))
     many = [[[0]] * 2] * 98 + [[[0]], [[0]] * 2]  # row 98 differs; the subset of 50 holds it, at another place
-    assert data._subset(100, 50)[-1] == 98
+    assert data.fixed_subset(100, 50)[-1] == 98
     with pytest.raises(ValueError, match="row 98 is 1x1"):
         load_image_dataset(datasets.Dataset.from_dict({"image": many, "label": [0] * 100}), max_samples=50)
     with pytest.raises(ValueError, match="is empty"):
@@ -417,7 +417,7 @@ def test_bad_rows_are_named(tmp_path):
 
 def test_damaged_parquet_is_named(tmp_path):
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 but nothing else")
-    with pytest.raises(ValueError, match="bad.parquet cannot be read by `datasets`"):
+    with pytest.raises(ValueError, match="bad.parquet .split .train.. cannot be read by `datasets`"):
         load_image_dataset(tmp_path / "bad.parquet")
 
 

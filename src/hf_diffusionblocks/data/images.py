@@ -505,10 +505,6 @@ def open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
                 if "data_dir" in loading:
                     loading["data_dir"] = str(loading["data_dir"])
                 source = datasets.load_dataset(name, split=split, **loading)
-        except ValueError as err:
-            if "split" not in str(err):
-                raise
-            raise ValueError(f"{source} has no split {split!r} (train_split= or test_split= names it): {err}") from err
         except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as err:
             reason = str(err.__cause__ if isinstance(err, datasets.exceptions.DatasetGenerationError) else err)
             files = loading.get("data_files") or loading.get("data_dir")
@@ -518,6 +514,10 @@ def open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
                 f"{unknown_name('data set', source, KNOWN_DATASETS)} It is no path on this machine either, and "
                 f"was not found on the Hub: {reason}"
             ) from err
+        except ValueError as err:
+            if "split" not in str(err):
+                raise
+            raise ValueError(f"{source} has no split {split!r} (train_split= or test_split= names it): {err}") from err
     if isinstance(source, dict):  # DatasetDict, IterableDatasetDict
         if split not in source:
             raise ValueError(unknown_name("split", split, source))

@@ -16,11 +16,12 @@ def copy_weights(base: PreTrainedModel, model: "BlockedForCausalLM") -> None:
     """Copy a base's weights into the blocks: to each its layers, and a copy of the norm and the head.
 
     Raises:
-        ValueError: if the base's head has a bias.
+        ValueError: if the base's head has a bias, or it ties parameters that the blocks do not.
     """
     decoder, head = base.base_model, base.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"{type(base).__name__} cannot be cut: its head has a bias.")
+    check_ties(base)
     model.embed_tokens.weight.copy_(decoder.embed_tokens.weight)
     last = model.config.num_layers - 1
     for b in model.resident_blocks:
@@ -33,6 +34,35 @@ def copy_weights(base: PreTrainedModel, model: "BlockedForCausalLM") -> None:
         module.norm.load_state_dict(decoder.norm.state_dict())
         if module.lm_head is not None:
             module.lm_head.weight.copy_(head.weight)
+
+
+def check_ties(base: PreTrainedModel) -> None:
+    """Raise a ``ValueError`` unless a base's head is tied to its embeddings exactly if its config says so, and no other
+    parameters are one tensor: each block has its own, so training would part them."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    embedding, head = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    said = bool(getattr(base.config, "tie_word_embeddings", False))
+    if said and head is not embedding and (head.is_meta or not torch.equal(head, embedding)):
+        raise ValueError(
+            f"{type(base).__name__} cannot be cut: its config has tie_word_embeddings=True, but the weights of "
+            f"{names[id(head)][0]} and {names[id(embedding)][0]} differ. Tie them with base.tie_weights(), or set "
+            "base.config.tie_word_embeddings=False."
+        )
+    for tied in (group for group in names.values() if len(group) > 1):
+        if tied is names[id(embedding)] and head is embedding and len(tied) == 2:
+            if said:
+                continue
+            raise ValueError(
+                f"{type(base).__name__} cannot be cut: {' and '.join(tied)} are one tensor, but its config has "
+                "tie_word_embeddings=False. Set base.config.tie_word_embeddings=True, or give the head a copy of the "
+                "weights."
+            )
+        raise ValueError(
+            f"{type(base).__name__} cannot be cut: {', '.join(tied)} are one tensor, and blocks that are trained alone "
+            "share nothing but the embeddings. Give each a copy of the weights before converting."
+        )
 
 
 @torch.no_grad()
