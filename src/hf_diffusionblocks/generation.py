@@ -40,6 +40,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
 
 from .families.causal_lm import BlockedForCausalLM
+from .families.causal_lm_checks import check_generated_length
 from .families.causal_lm_streams import NoiseStep, TokenStreams
 from .losses import linear_logits
 from .partition import BlockPartition
@@ -296,12 +297,7 @@ def _checked(
             "sequence, with the tokens that a cache holds."
         )
     model.check_tokens(input_ids, mask)
-    limit = model.config.max_position_embeddings
-    if generation_config.max_length > limit:
-        raise ValueError(
-            f"{tokens} tokens of prompt and {generation_config.max_length - tokens} new ones are more than the model's "
-            f"{limit} positions: set max_new_tokens to at most {limit - tokens}, or shorten the prompt."
-        )
+    check_generated_length(model.config, tokens, generation_config.max_length)
     cache, seen = (cache, _tokens_in(cache, walk, input_ids)) if use_cache and cache is not None else (None, 0)
     if positions is not None and positions.shape[-1] != tokens:  # generate makes them from the mask
         raise ValueError(

@@ -41,9 +41,9 @@ from ..modeling import BlockedPreTrainedModel
 from ..preconditioning import Coefficients
 from ..suggest import unknown_name
 from .causal_lm_block import CausalLMBlock, zero_output_projections
-from .causal_lm_checks import check_tokens
+from .causal_lm_checks import check_denoising, check_generated_length, check_keywords, check_some_target, check_tokens
 from .causal_lm_config import PRESETS, BlockedCausalLMConfig, check_base_settings, config_fields
-from .causal_lm_conversion import check_same_function, copy_weights, decoder_of
+from .causal_lm_conversion import check_same_function, copy_weights, decoder_of, resize_vocabulary
 from .two_stream import (
     TwoStreamMasks,
     attention_mask_for,
@@ -107,6 +107,25 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The head of the next token's logits, the embeddings if it is tied; None if it is not loaded or has none."""
+        if self.config.tied_head:
+            return self.embed_tokens
+        last = self.language_blocks()[-1]
+        return self.block(last).lm_head if last in self.resident_blocks else None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers, for the embeddings and every block's head.
+
+        Raises:
+            ValueError: if not all blocks are loaded.
+        """
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            resize_vocabulary(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+        return self.embed_tokens
 
     # -- the clean stream ----------------------------------------------------------------------------------------
 
@@ -338,7 +357,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: as :meth:`BlockedPreTrainedModel.denoise`.
         """
-        self.check_tokens(input_ids, attention_mask)
+        self.check_tokens(input_ids, attention_mask, position_ids=position_ids)
         if z.shape != (*input_ids.shape, self.config.hidden_size):
             raise ValueError(
                 f"z has shape {list(z.shape)}; {list(input_ids.shape)} tokens need one noisy target each: "
@@ -389,8 +408,9 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         block: int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | tuple:
         """The next token's logits, as of any causal language model in transformers.
 
         A cascade's come from its last block, after all of them. With ``context="independent"`` every block is a
@@ -405,18 +425,28 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             past_key_values: cache of the whole model.
             inputs_embeds: in place of ``input_ids``.
             labels: -100 is ignored; shifted inside.
-            use_cache: whether to return a cache.
+            use_cache: whether to return a cache; by default as the config's ``use_cache`` says, but not in training,
+                with labels, or for packed documents, which are kept apart without a cache only.
             logits_to_keep: only the last so many positions; 0 for all.
             block: for independent blocks, which.
-            **kwargs: passed to the base's layers.
+            return_dict: False for a tuple.
+            **kwargs: what transformers passes to a decoder, handed on to the base's layers.
+
+        Raises:
+            ValueError: for input that does not fit the model, or outputs that it does not give.
+            TypeError: for an unknown keyword.
         """
+        check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
         # The cache's length is that of the layers in use: independent blocks fill theirs only.
         cache = None if past_key_values is None else self._cache_of(past_key_values, self.language_blocks(block)[-1])
-        self.check_tokens(input_ids, attention_mask, cache)
+        also = {"inputs_embeds": inputs_embeds, "position_ids": position_ids, "labels": labels}
+        self.check_tokens(input_ids, attention_mask, cache, **also)
+        if use_cache is None and labels is None:
+            use_cache = self._caches_by_default(position_ids, attention_mask)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         position_ids = self._positions(hidden, position_ids, cache)
         items = kwargs.pop("num_items_in_batch", None)  # transformers' trainer: divide the sum of the losses by this
@@ -428,9 +458,19 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         if labels is not None:
             flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
             losses = linear_cross_entropy([(flat, self.language_head(block))], labels[:, 1:].reshape(-1))
+            if items is None:
+                check_some_target(losses)
             loss = losses.mean() if items is None else losses.sum() / items
         logits = linear_logits([(kept, self.language_head(block))])
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return output.to_tuple() if return_dict is False else output
+
+    def _caches_by_default(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:
+        wanted = getattr(self.config, "use_cache", self.config.base_config.get("use_cache", True))
+        if self.training or not wanted:
+            return False
+        packed = attention_mask is None and position_ids is not None and document_numbers(position_ids) is not None
+        return not packed
 
     def language_blocks(self, block: int | None = None) -> tuple[int, ...]:
         """The blocks that the next token's logits run through; the last one's head gives them.
@@ -496,6 +536,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers, which does not hand a streamer on to a callable ``custom_generate``; this does."""
         streamer, custom = kwargs.get("streamer"), kwargs.get("custom_generate")
+        check_denoising(kwargs)
         if streamer is not None and callable(custom):
             kwargs["custom_generate"] = functools.partial(custom, streamer=streamer)
         return super().generate(*args, **kwargs)
@@ -504,11 +545,19 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         """Keep ``generate`` from making masks for static caches: the blocks' decoders make their own."""
         return attention_mask
 
+    def _validate_generated_length(self, generation_config: Any, input_ids_length: int, has_default: bool) -> None:
+        super()._validate_generated_length(generation_config, input_ids_length, has_default)
+        check_generated_length(self.config, input_ids_length, generation_config.max_length)
+
     def check_tokens(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None = None, cache: Cache | None = None
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        **given: Tensor | None,
     ) -> None:
-        """Raise a ``ValueError`` for tokens that do not fit the model."""
-        check_tokens(self.config, input_ids, attention_mask, cache)
+        """Raise a ``ValueError`` for tokens, or ``given`` embeddings, positions and labels, that do not fit."""
+        check_tokens(self.config, input_ids, attention_mask, cache, **given)
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         """Raise a ``ValueError`` for a training batch that does not fit the model."""
@@ -516,7 +565,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             raise ValueError(
                 f"a batch holds {sorted(batch)}; the trainer needs 'input_ids'. Load it with load_text_dataset."
             )
-        self.check_tokens(batch["input_ids"], batch.get("attention_mask"))
+        also = {name: batch.get(name) for name in ("position_ids", "labels")}
+        self.check_tokens(batch["input_ids"], batch.get("attention_mask"), **also)
         if batch["input_ids"].shape[1] < 2:
             raise ValueError("the rows have one token: two are needed, one to read and one to predict.")
 

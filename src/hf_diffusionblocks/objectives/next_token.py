@@ -16,10 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..families.causal_lm import BlockedForCausalLM
+from ..families.causal_lm_checks import IGNORED, check_some_target
 from ..losses import linear_cross_entropy, linear_logits
 from .result import HeldOutLoss, ObjectiveResult
-
-IGNORED = -100
 
 
 def next_tokens(batch: dict[str, Tensor]) -> Int[Tensor, "batch tokens"]:
@@ -99,6 +98,7 @@ class NextTokenPrediction:
         flat, kept = labels.flatten(), labels.flatten() != IGNORED
         pairs = [(features.flatten(0, 1), model.head_weight(block))]
         losses = linear_cross_entropy(pairs, flat)
+        check_some_target(losses)
         loss, parts = losses.mean(), {}
         if self.distillation_weight or self.hidden_weight:
             loss, parts = self._distil(model, block, batch, places, output, pairs, kept, loss)
@@ -133,6 +133,7 @@ class NextTokenPrediction:
         trained = model.target_table() if model.config.readout == "edm" else table
         pairs = model.readout(features.flatten(0, 1), z.flatten(0, 1), sigma.flatten(), block, trained)
         losses = linear_cross_entropy(pairs, labels.flatten())
+        check_some_target(losses)
         loss, parts = losses.mean(), {}
         if self.distillation_weight:
             kept = labels.flatten() != IGNORED
