@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from torch import Tensor
@@ -396,3 +397,38 @@ def test_a_job_that_can_train_does(tmp_path, model, settings):
     trainer = text_trainer(tmp_path, new_lm(**model), max_steps=1, **settings)
     trainer.train()
     assert set(trainer.save_model().glob("block-*.safetensors"))
+
+
+# -- what the trainer says ---------------------------------------------------------------------------------------
+
+
+def test_blocks_are_marked_as_trained_when_training_ends(tmp_path):
+    trainer = text_trainer(tmp_path, blocks=[0], train_shared="none")
+    trainer.train()
+    assert trainer.model.config.trained_blocks == [0]
+    text_trainer(tmp_path / "next", trainer.model, blocks=[1])  # without a detour over a directory
+
+
+def test_handing_over_needs_an_order(tmp_path):
+    with pytest.raises(ValueError, match="hand_over=True needs order='sequential'"):
+        text_trainer(tmp_path, hand_over=True, order="simultaneous")
+
+
+@pytest.mark.parametrize("indexed", ["one by one", "datasets", "datasets as torch"])
+@pytest.mark.parametrize("lengths", [(12, 9, 12), (12, 12, 12)])
+def test_rows_that_are_lists_or_of_several_lengths_are_named(tmp_path, indexed, lengths):
+    rows = [list(range(3, 3 + n)) for n in lengths]
+    if indexed == "one by one":
+        data = [{"input_ids": row} for row in rows]
+    else:
+        data = datasets.Dataset.from_dict({"input_ids": rows})
+        data = data.with_format("torch") if indexed == "datasets as torch" else data
+    if indexed == "datasets as torch" and len(set(lengths)) == 1:
+        text_trainer(tmp_path, dataset=data)
+        return
+    kind = "tensors" if indexed == "datasets as torch" else "lists"
+    message = (
+        f"training data set .*rows of 'input_ids' are {kind} of lengths {', '.join(map(str, lengths))}: .*load_text"
+    )
+    with pytest.raises(ValueError, match=message):
+        text_trainer(tmp_path, dataset=data)

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 from hf_diffusionblocks import BlockedForCausalLM
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.data import train_tokenizer
-from tiny_text import base_lm
+from hf_diffusionblocks.jobs.text_pieces import _take_lower_blocks, load_model
+from tiny_text import base_lm, new_lm
 
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
 SMALL = [
@@ -306,6 +307,33 @@ def test_lower_blocks_of_another_model(run_dir, command, tmp_path, capsys):
     other = [*command, "model.intermediate_size=32", "--block", "1", "--lower", str(run_dir / "model")]
     assert main([*other, "--output-dir", str(tmp_path / "run")]) == 2
     assert "belong to another model" in capsys.readouterr().err
+
+
+def test_lower_blocks_of_other_tokens(tmp_path):
+    """Two texts of equally many characters give models of one shape, whose ids mean different characters."""
+    below, model = new_lm(), new_lm()
+    below.config.trained_blocks = [0]
+    below.save_pretrained(tmp_path)
+    _take_lower_blocks(model, str(tmp_path), 1, train_tokenizer("abc", "character"))  # nothing to compare with
+    train_tokenizer("abc", "character").save_pretrained(tmp_path)
+    _take_lower_blocks(model, str(tmp_path), 1, train_tokenizer("cba", "character"))
+    assert model.config.trained_blocks == [0]
+    with pytest.raises(ValueError, match="were trained with another tokenizer .*same data and tokenizer"):
+        _take_lower_blocks(model, str(tmp_path), 1, train_tokenizer("xyz", "character"))
+
+
+def test_an_empty_text_file_is_named(tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    assert main(["train", "pydoc-llama", *SMALL, f"data.name={empty}", "--output-dir", str(tmp_path / "run")]) == 2
+    assert f"{empty} is empty: there is no text" in " ".join(capsys.readouterr().err.split())
+
+
+def test_why_a_tokenizer_cannot_be_loaded_is_said_to_the_end(tmp_path):
+    new_lm().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Give a directory with tokenizer.json") as raised:
+        load_model(str(tmp_path))
+    assert " ".join(str(raised.value.__cause__).split()).rstrip(".") in str(raised.value)
 
 
 @pytest.mark.parametrize(

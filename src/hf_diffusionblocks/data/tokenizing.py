@@ -101,9 +101,9 @@ def load_tokenizer(
     try:
         return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), **from_pretrained_kwargs)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         raise ValueError(
-            f"no tokenizer can be loaded from {str(name_or_path)!r}: {reason} Give a directory with tokenizer.json or "
+            f"no tokenizer can be loaded from {str(name_or_path)!r}: {reason}. Give a directory with tokenizer.json or "
             "the name of a model on the Hub, or None to train one on the text."
         ) from error
 

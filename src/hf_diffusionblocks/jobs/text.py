@@ -248,7 +248,7 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
     try:
         save_tokenizer(AutoTokenizer.from_pretrained(base), target)
     except (OSError, ValueError, KeyError) as error:
-        say(f"no tokenizer could be loaded from {base} ({str(error).strip().splitlines()[0]}): none was saved.")
+        say(f"no tokenizer could be loaded from {base} ({' '.join(str(error).split())}): none was saved.")
     for line in (format_block_parameters(model), *_parts(model), f"saved in {target}"):
         say(line)
     return target

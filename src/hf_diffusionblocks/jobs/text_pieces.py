@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data import load_documents, load_text_dataset, load_tokenizer
-from ..data.tokenizing import check_tokenizer, tokenizer_size
+from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size
 from ..families.causal_lm import BlockedForCausalLM
 from ..recipes import Recipe
 from ..recipes.families import BYTES
@@ -58,6 +58,10 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             texts = (row["text"] for row in islice(documents, STREAM_DOCUMENTS))
         else:
             texts = documents["text"]
+            if not any(texts):
+                raise ValueError(
+                    f"{data.name} is empty: there is no text to make a {kind!r} tokenizer from, or to train on."
+                )
     return load_tokenizer(None, texts, kind=kind, vocab_size=data.vocab_size)
 
 
@@ -146,7 +150,7 @@ def build_trainer(
         torch.manual_seed(args.seed)
         model = recipe.build_model(held, tokenizer)
     if lower is not None:
-        _take_lower_blocks(model, lower, min(blocks))
+        _take_lower_blocks(model, lower, min(blocks), tokenizer)
     teacher = None
     if args.distillation_weight > 0 or args.hidden_weight > 0:
         if "base" not in recipe.model:
@@ -175,8 +179,18 @@ def _how_to_mend(error: str, blocks: list[int]) -> str:
     return ""
 
 
-def _take_lower_blocks(model: BlockedForCausalLM, directory: str, count: int) -> None:
-    """Load the shared parts and the first so many blocks from a saved model."""
+def _take_lower_blocks(
+    model: BlockedForCausalLM, directory: str, count: int, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Load the shared parts and the first so many blocks from a saved model of the same tokens."""
+    if any(Path(directory).glob("tokenizer*")):  # a trainer's own save_model() leaves none
+        theirs, ours = tokenizer_fingerprint(load_tokenizer(directory)), tokenizer_fingerprint(tokenizer)
+        if theirs != ours:
+            raise ValueError(
+                f"the blocks in {directory} were trained with another tokenizer (fingerprint {theirs}, here {ours}): "
+                "the same ids are other text to them. Use the same data and tokenizer for all blocks of a cascade, or "
+                f"set data.tokenizer={directory}."
+            )
     for block in range(count):  # one at a time: they may be streamed
         below = BlockedForCausalLM.from_pretrained(directory, blocks=[block])
         for name in _SAME:

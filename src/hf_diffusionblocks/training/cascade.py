@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,17 @@ def check_job(
 ) -> None:
     """Raise a ``ValueError`` for a job that cannot train what it was given.
 
-    A block of a cascade needs trained blocks below it, or ones that train at the same time; what all blocks share can
-    only train where it does not change under other jobs.
+    A block of a cascade needs trained blocks below it, or ones that train at the same time; those of a pretrained base
+    are trained as they come, so that each of its blocks may train before, after or beside the others. What all blocks
+    share can only train where it does not change under other jobs.
     """
     config = model.config
     count = config.num_blocks
+    if args.hand_over and not sequential:
+        raise ValueError(
+            "hand_over=True needs order='sequential': side by side, no block is finished before the next one starts. "
+            "Set hand_over=False."
+        )
     shared = next(model.shared_parameters(), None) is not None
     alone = set(blocks) != set(range(count))
     if shared and alone and args.train_shared == "all":
@@ -68,6 +75,13 @@ def check_job(
                 f"block {block} of a cascade reads what blocks {list(range(block))} give, and {missing} have not been "
                 f"trained. Train them first, or in the same run: blocks={missing + [block]}."
             )
+
+
+def mark_trained(model: BlockedPreTrainedModel, trainers: Mapping[int, Any], num_updates: int) -> None:
+    """Write the blocks that have made all their updates into ``model.config.trained_blocks``, if the family has it."""
+    if hasattr(model.config, "trained_blocks"):
+        done = [block for block, trainer in trainers.items() if trainer.updates >= num_updates]
+        model.config.trained_blocks = sorted({*model.config.trained_blocks, *done})
 
 
 class WithLowerOutputs(Dataset):

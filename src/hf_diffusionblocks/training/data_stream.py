@@ -88,12 +88,35 @@ def fetch(dataset: Any, indices: list[int]) -> dict[str, Tensor]:
 
     ``dataset[list]`` must give a dict of tensors, as ``datasets.Dataset`` (format ``torch``) and
     :class:`~hf_diffusionblocks.data.ImageDataset` do; a data set that knows single indices only is collated.
+
+    Raises:
+        ValueError: for rows that are lists, or of several lengths.
     """
     try:
         batch = dataset[indices]
     except TypeError:
-        batch = default_collate([dataset[i] for i in indices])
+        samples = [dataset[i] for i in indices]
+        if all(isinstance(sample, dict) for sample in samples):
+            _check_rows({name: [sample.get(name) for sample in samples] for name in samples[0]})
+        return default_collate(samples)
+    if isinstance(batch, dict):
+        _check_rows(batch)
     return batch
+
+
+def _check_rows(columns: dict[str, Any]) -> None:
+    for name, rows in columns.items():
+        if not isinstance(rows, list) or not all(isinstance(row, (list, tuple, Tensor)) for row in rows):
+            continue
+        tensors = all(isinstance(row, Tensor) for row in rows)
+        shapes = [list(row.shape) if isinstance(row, Tensor) else [len(row)] for row in rows]
+        if not tensors or any(shape != shapes[0] for shape in shapes):
+            named = ", ".join(str(shape[0] if len(shape) == 1 else shape) for shape in shapes[:8])
+            raise ValueError(
+                f"rows of {name!r} are {'tensors' if tensors else 'lists'} of lengths {named}"
+                f"{', ...' if len(shapes) > 8 else ''}: all rows must be tensors of one length. load_text_dataset "
+                'makes such rows of text; otherwise cut or pad them, and use dataset.with_format("torch") of datasets.'
+            )
 
 
 def batches(

@@ -24,7 +24,7 @@ from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
 from .block_order import block_schedule
 from .block_trainer import BadSampleError, BlockTrainer, Objective
-from .cascade import check_job, lower_outputs
+from .cascade import check_job, lower_outputs, mark_trained
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
 from .residency import make_residency
@@ -147,8 +147,8 @@ class DiffusionBlocksTrainer:
     def _check_dataset(self, dataset: Any, what: str) -> None:
         if len(dataset) == 0:
             raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
-        batch = fetch(dataset, list(range(min(4, len(dataset)))))
         try:
+            batch = fetch(dataset, list(range(min(4, len(dataset)))))
             if not isinstance(batch, dict):
                 raise ValueError(f"a batch holds {type(batch).__name__}; give a dict of tensors.")
             self.model.check_batch(batch)
@@ -197,6 +197,7 @@ class DiffusionBlocksTrainer:
         self._flush()
         self.training_seconds += time.perf_counter() - start
         finished = self.iteration == len(self.schedule)
+        mark_trained(self.model, self.trainers, self.num_updates)
         if not find_checkpoints(self.output_dir) or find_checkpoints(self.output_dir)[-1].name != self._name:
             self._save_checkpoint()
         if self._stop_signal is not None:
@@ -386,9 +387,7 @@ class DiffusionBlocksTrainer:
     def save_model(self, output_dir: str | os.PathLike | None = None) -> Path:
         """Save the averaged weights (the trained ones without an average) in the layout of ``from_pretrained``."""
         target = Path(output_dir) if output_dir is not None else self.output_dir / "model"
-        if hasattr(self.model.config, "trained_blocks"):
-            done = [block for block, trainer in self.trainers.items() if trainer.updates >= self.num_updates]
-            self.model.config.trained_blocks = sorted({*self.model.config.trained_blocks, *done})
+        mark_trained(self.model, self.trainers, self.num_updates)
         with self.averaged_weights():
             self.model.save_pretrained(target)
         return target
