@@ -106,7 +106,9 @@ def by_formula(
             if bridge == "posterior_mean":  # what denoise() is
                 same = model.denoise(everywhere, sigma, input_ids=ids)[:, -1]
                 torch.testing.assert_close(denoised, same, rtol=1e-4, atol=1e-5)
-            z = z + (after - sigma) * (z - denoised) / sigma  # EDM, arXiv 2206.00364, Alg. 1
+            # EDM, arXiv 2206.00364, Alg. 1, z + (after - sigma) (z - D) / sigma, in the form that rounds at the size of
+            # the result: a rounding at 80 would be amplified by sigma^-2 at the levels where tokens are told apart.
+            z = (after / sigma) * z + (1 - after / sigma) * denoised
     return logits, blocks
 
 
@@ -114,8 +116,7 @@ def by_formula(
 @pytest.mark.parametrize("readout", READOUTS)
 @pytest.mark.parametrize("architecture", ["llama", "mistral-window", "qwen3"])
 def test_each_token_is_eulers_walk_through_the_blocks(monkeypatch, architecture, readout, context):
-    # A draw far from a tie: where two tokens compete at a middle level, steps to sigma^-2 = 250,000 amplify rounding.
-    noise = torch.randn(8, 3, 16, generator=torch.Generator().manual_seed(6))
+    noise = torch.randn(8, 3, 16, generator=torch.Generator().manual_seed(5))
     model = blocked_lm(architecture, readout=readout, context=context)
     given: list[Tensor] = []
 
