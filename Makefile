@@ -15,10 +15,10 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text test test-slow lint bench clean
+.PHONY: help install demo demo-text demo-memory test test-slow lint bench clean
 
 help: ## Print the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 install: $(STAMP) ## Set up .venv (the other targets do it themselves)
 
@@ -42,6 +42,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP) ## Train a blocked DiT on the digits data set and write its report to runs/digits-dit
 	$(PY) -m hf_diffusionblocks train digits-dit --output-dir runs/digits-dit
+
+demo-memory: $(STAMP) ## Train and sample a model under a memory limit that refuses it end to end (a few minutes)
+	$(PY) benchmarks/limited_memory.py
 
 demo-text: $(STAMP) ## Train a blocked Llama on Python's documentation and write its report to runs/pydoc-llama
 	$(PY) -m hf_diffusionblocks train pydoc-llama --output-dir runs/pydoc-llama

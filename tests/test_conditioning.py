@@ -69,7 +69,7 @@ def test_modulation_is_zero_at_the_start_of_a_model_and_takes_part_afterwards():
     modulations = [m for m in model.modules() if isinstance(m, Modulation)]
     assert len(modulations) == 6
     assert all(not m.weight.any() and not m.bias.any() for m in modulations)
-    assert all(part.eq(0).all() for part in modulations[0](torch.randn(2, WIDTH)))
+    assert all(part.eq(0).all() for part in modulations[0](torch.randn(2, model.config.noise_embedding_dim)))
     hidden, z = model.embed_tokens(tokens()), torch.randn(2, 12, WIDTH)
 
     def noisy() -> torch.Tensor:

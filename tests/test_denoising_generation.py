@@ -106,7 +106,9 @@ def by_formula(
             if bridge == "posterior_mean":  # what denoise() is
                 same = model.denoise(everywhere, sigma, input_ids=ids)[:, -1]
                 torch.testing.assert_close(denoised, same, rtol=1e-4, atol=1e-5)
-            z = z + (after - sigma) * (z - denoised) / sigma  # EDM, arXiv 2206.00364, Alg. 1
+            # EDM, arXiv 2206.00364, Alg. 1, z + (after - sigma) (z - D) / sigma, in the form that rounds at the size of
+            # the result: a rounding at 80 would be amplified by sigma^-2 at the levels where tokens are told apart.
+            z = (after / sigma) * z + (1 - after / sigma) * denoised
     return logits, blocks
 
 

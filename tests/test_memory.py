@@ -404,8 +404,8 @@ def test_bad_settings_are_named(kwargs, message):
 
 
 def test_other_bad_input_is_named():
-    with pytest.raises(ValueError, match="not a dict"):
-        plan_memory({"num_layers": 6})
+    with pytest.raises(ValueError, match="not a int"):
+        plan_memory(7)
     with pytest.raises(ValueError, match="unknown method 'block'"):
         plan_of(3).worst("block")
     model = BlockedDiTModel(config_of(3), blocks=[0])

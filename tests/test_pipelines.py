@@ -240,9 +240,7 @@ def test_guidance_mixes_labelled_and_unlabelled_estimates(pipe):
             num_inference_steps=1,
             guidance_scale=scale,
             generator=seeded(),
-            callback_on_step_end=lambda p, i, t, kwargs, scale=scale: first.update(
-                {scale: kwargs["denoised"]}
-            ),
+            callback_on_step_end=lambda p, i, t, kwargs, scale=scale: first.update({scale: kwargs["denoised"]}),
             callback_on_step_end_tensor_inputs=["denoised"],
         )
     assert (first[1.0] - first[0.0]).abs().max() > 1e-3

@@ -355,7 +355,7 @@ def test_optimizer_files_are_never_unpickled_freely(run_dir, tmp_path):
     torch.save(Evil(), path)
     state = read_state_with_new_digest(run_dir / "checkpoint-5", path)
     trainer = make_trainer(run_dir)
-    with pytest.raises(Exception, match="(?i)weights_only|unsupported"):
+    with pytest.raises(Exception, match="cannot be read: it is broken, or holds"):
         checkpoint_module.load_checkpoint(run_dir / "checkpoint-5", state, trainer.model, trainer.trainers)
     assert not (tmp_path / "evil").exists()
 

@@ -79,9 +79,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(tmp_path, how, m
 
 
 def test_before_the_first_checkpoint_the_message_says_that_there_is_none(tmp_path):
-    with pytest.raises(
-        NonFiniteLossError, match=r"No checkpoint had been written \(save_steps=500; give a"
-    ):
+    with pytest.raises(NonFiniteLossError, match=r"No checkpoint had been written \(save_steps=500; give a"):
         make_trainer(tmp_path, objective=Spoiled(0, 1, "nan")).train()
     assert find_checkpoints(tmp_path) == []
 

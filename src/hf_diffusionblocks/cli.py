@@ -36,7 +36,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode, _add_recipes):
+    for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
+        add(commands)
+    for add in (_add_merge, _add_push, _add_recipes):
         add(commands)
     return parser
 
@@ -93,6 +95,11 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--match", choices=("updates", "compute"), help="what a baseline matches")
     parser.add_argument("--layers", type=int, help="layers of --method shallow; default L/B, rounded up")
     parser.add_argument("--block", type=int, action="append", help="hold and train this block only (repeatable)")
+    parser.add_argument(
+        "--residency",
+        choices=("device", "host", "disk"),
+        help="where blocks rest while others train; host and disk keep one block's state on the device",
+    )
     parser.add_argument("--lower", metavar="DIR", help="a saved model with the trained blocks below (cascade)")
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on from a checkpoint")
     parser.add_argument("--no-report", action="store_true", help="do not sample, draw and score at the end")
@@ -112,6 +119,9 @@ def _add_sample(commands: Any) -> None:
     parser.add_argument("--steps", type=int, help="steps; default 50 for images, one per block for text")
     parser.add_argument("--grid", help="karras (default for images) or equal_probability (default for text)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--block-streaming", choices=("host", "disk"), help="keep one block's weights on the device, the others there"
+    )
     images = parser.add_argument_group("images")
     images.add_argument("--output-dir", help="where the PNG files go (default: samples)")
     images.add_argument("--classes", type=int, nargs="+", help="class labels; default: the first ten")
@@ -169,6 +179,37 @@ def _add_encode(commands: Any) -> None:
     parser.add_argument("--split", default="train", help="which split (default: %(default)s)")
     parser.add_argument("--output-dir", required=True, help="where the latents go")
     parser.add_argument("--batch-size", type=int, default=32)
+
+
+def _add_merge(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "merge",
+        "Make one checkpoint out of jobs that trained one block each.",
+        "  diffusionblocks merge runs/block-0 runs/block-1 runs/block-2 --output-dir runs/merged\n"
+        "  diffusionblocks merge runs/block-* --output-dir runs/merged --wait 3600   # for jobs that still run",
+    )
+    parser.add_argument("directories", nargs="+", metavar="DIR", help="a job's run or the model that it saved")
+    parser.add_argument("--output-dir", required=True, help="a new or empty directory")
+    parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="for blocks that are not there yet")
+
+
+def _add_push(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "push",
+        "Send a saved model, or some of its blocks, to the Hub. The token is that of `hf auth login` or HF_TOKEN.",
+        "  diffusionblocks push runs/digits-dit/model user/digits-dit --dry-run\n"
+        "  diffusionblocks push runs/block-1/model user/digits-dit --block 1   # others push the other blocks",
+    )
+    parser.add_argument("model", help="directory of a saved model")
+    parser.add_argument("repo_id", help="user/model; made if it does not exist")
+    parser.add_argument("--block", type=int, action="append", help="send this block only (repeatable); default: all")
+    parser.add_argument("--revision", help="a branch; made if it does not exist")
+    parser.add_argument("--message", help="of the commit")
+    parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--dry-run", action="store_true", help="only tell what would be sent")
 
 
 def _add_recipes(commands: Any) -> None:
@@ -231,6 +272,25 @@ def _run(args: argparse.Namespace) -> None:
         jobs.evaluate(args.model, recipe, args.output, args.seed)
     elif args.command == "convert":
         jobs.convert(args.base, args.output_dir, {"num_blocks": args.num_blocks, **_settings(args.settings)})
+    elif args.command == "merge":
+        from .merging import merge_blocks
+
+        merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, say=print)
+        print(f"merged in {merged}")
+    elif args.command == "push":
+        from .repository import push_directory
+
+        push = push_directory(
+            args.model,
+            args.repo_id,
+            blocks=args.block,
+            revision=args.revision,
+            private=args.private,
+            commit_message=args.message,
+            create_pr=args.create_pr,
+            dry_run=args.dry_run,
+        )
+        print(push)
     elif args.command == "encode":
         jobs.encode(load_recipe(args.recipe, args.overrides), args.output_dir, args.split, args.batch_size)
 
@@ -257,6 +317,7 @@ def _sample(args: argparse.Namespace) -> None:
             "guidance_scale": args.guidance_scale,
             "solver": args.solver,
             "grid": args.grid,
+            "block_streaming": args.block_streaming,
         }
         given = {name: value for name, value in given.items() if value is not None}
         jobs.sample(args.model, args.output_dir or "samples", seed=args.seed, **given)
@@ -273,6 +334,7 @@ def _sample(args: argparse.Namespace) -> None:
         args.prompt,
         recipe,
         args.seed,
+        block_streaming=args.block_streaming,
         max_new_tokens=args.max_new_tokens,
         do_sample=False if greedy else (True if args.temperature is not None else None),
         temperature=None if greedy else args.temperature,
@@ -294,6 +356,8 @@ def _train(args: argparse.Namespace) -> None:
         f"{name}={value}" for name in ("method", "match", "layers") if (value := getattr(args, name)) is not None
     ]
     recipe = load_recipe(args.recipe, overrides)
+    if args.residency is not None:
+        recipe.training["residency"] = args.residency
     if args.output_dir is not None:
         recipe.training["output_dir"] = args.output_dir
     elif "output_dir" not in recipe.training:

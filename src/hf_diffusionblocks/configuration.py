@@ -6,6 +6,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from .config_checks import (
+    MAX_TIMESTEPS,
+    check_dtype,
+    check_fields,
+    check_number_of_layers,
+    check_numbers,
+    check_sizes,
+    check_values,
+)
 from .noise import LogNormalNoise
 from .partition import BlockPartition
 from .preconditioning import PRECONDITIONINGS, EDMPreconditioning, Preconditioning, VPEpsilonPreconditioning
@@ -37,6 +46,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         noise_scale: factor on ``c_noise`` (``edm``).
         noise_schedule: ``num_train_timesteps``, ``beta_start``, ``beta_end``, ``beta_schedule``, ``trained_betas`` of
             the base's diffusers scheduler (``vp_epsilon``).
+        base_model: Hub id of the pretrained base, if it was loaded from there.
+        base_revision: SHA-256 of the pretrained base's weights; blocks of one model come from the same.
 
     Raises:
         ValueError: for a value that is not allowed; the message names it, what is allowed and how to mend it.
@@ -55,10 +66,17 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     sigma_data: float = 0.5
     noise_scale: float = 1.0
     noise_schedule: dict | None = None
+    base_model: str | None = None
+    base_revision: str | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        self._check_types()
+        try:
+            super().__post_init__(**kwargs)
+        except (TypeError, AttributeError, LookupError, ArithmeticError) as error:
+            raise ValueError(f"a setting of transformers' configs (id2label, say) is malformed: {error}.") from error
         self.base_config = self.complete_base_config(dict(self.base_config or {}))
+        check_number_of_layers(self.num_layers)
         if self.partition not in PARTITIONS:
             raise ValueError(unknown_name("partition", self.partition, PARTITIONS))
         if self.preconditioning not in PRECONDITIONINGS:
@@ -76,6 +94,25 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         self.noise = {name: getattr(partition.noise, name) for name in ("p_mean", "p_std", "sigma_min", "sigma_max")}
         self.edges = list(partition.edges)
         self.layers_per_block = list(partition.layers_per_block)
+
+    def _check_types(self) -> None:
+        """A config may come from anyone: everything has its type, numbers are finite, nothing is nested without end."""
+        fields = {}
+        for kind in reversed(type(self).__mro__):
+            if issubclass(kind, DiffusionBlocksConfig):
+                fields |= kind.__dict__.get("__annotations__", {})
+        check_dtype(self.dtype)
+        check_fields(vars(self), {k: a for k, a in fields.items() if k != "model_type"})
+        for name in fields:
+            check_values(name, getattr(self, name, None))
+        check_numbers("edges", self.edges)
+        check_numbers("layers_per_block", self.layers_per_block, int)
+        check_numbers("noise", self.noise)
+        schedule = self.noise_schedule or {}
+        steps = schedule.get("num_train_timesteps", 1000)
+        check_sizes(schedule, ("num_train_timesteps",))
+        if steps > MAX_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps={steps} must be at most {MAX_TIMESTEPS}.")
 
     def complete_base_config(self, base_config: dict) -> dict:
         """The base config with its defaults filled in. Families override it."""

@@ -199,7 +199,7 @@ class _Walk:
         self.cascade = model.config.context == "cascade"
         self.blocks = list(range(visits[-1].block + 1)) if self.cascade else [visit.block for visit in visits]
         for block in self.blocks:
-            model.block(block)  # all that are needed are resident, or nothing is computed
+            model.check_loaded(block)  # all that are needed, or nothing is computed
         self.steps = {visit.block: [NoiseStep(model, visit.block, *pair) for pair in visit.steps] for visit in visits}
         self.table = model.target_table()
         # Top-k leaves that many tokens, so the walk's products run over those rows of the table only.
@@ -214,6 +214,12 @@ class _Walk:
         want_logits: bool,
     ) -> tuple[Float[Tensor, "batch vocab"], Float[Tensor, "batch vocab"] | None]:
         """Scores of the next token at the last step, and the logits before the processors if they are wanted."""
+        with self.model.expect_blocks(self.blocks):  # the same for every token
+            return self._scores(streams, input_ids, seen, z, want_logits)
+
+    def _scores(
+        self, streams: TokenStreams, input_ids: Tensor, seen: int, z: Tensor, want_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
         two_stream = self.model.config.two_stream
         hidden = embedded = self.model.embed_tokens(input_ids[:, seen:])
         for block in self.blocks:

@@ -135,6 +135,9 @@ class MemoryPlan:
 _FOOTNOTES = (
     "blocked: a job that loads its own block only (blocks=[b]). A process that steps all blocks in turn keeps every",
     "  block's weights, moments and EMA: it saves gradients and activations only (the rows of all blocks).",
+    "  With residency=host or disk it holds one block's row, and the next block's weights, moments and EMA.",
+    "  gradient=exact adds the weights of up to two blocks that run again; an update of one block then costs about one",
+    "  of end to end with checkpointing, so K updates of each of B blocks cost B times K of end to end.",
     "moments: AdamW's. activations: what autograd keeps for the backward pass, at its peak, the weights' casts under",
     "  autocast included. Kernels' workspaces, the allocator's rounding and the device's context come on top.",
     "params %, ratio: the parameters and the total over those of end to end without checkpointing.",

@@ -15,27 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
+from transformers.utils.hub import extract_commit_hash
 
 from . import serialization
+from .agreement import SAME_MODEL, first_difference
 from .configuration import DiffusionBlocksConfig
-from .partition import BlockPartition
+from .loading_checks import check_files, checked_blocks
 from .preconditioning import expand
-
-# Blocks may lie in one directory if the configs agree on these.
-_SAME_MODEL = (
-    "model_type",
-    "dtype",
-    "base_config",
-    "num_blocks",
-    "layers_per_block",
-    "noise",
-    "edges",
-    "overlap",
-    "preconditioning",
-    "sigma_data",
-    "noise_scale",
-    "noise_schedule",
-)
+from .repository import PushedBlocks
+from .streaming import StreamedBlocks, StreamingRequest, requested_streaming
 
 
 @dataclass
@@ -49,7 +37,7 @@ class DenoiserOutput(ModelOutput):
     sample: Tensor | None = None
 
 
-class BlockedPreTrainedModel(PreTrainedModel):
+class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
     """A residual network cut into blocks that are trained alone (arXiv 2506.14202).
 
     Args:
@@ -70,12 +58,23 @@ class BlockedPreTrainedModel(PreTrainedModel):
         super().__init__(config)
         self.partition = config.make_partition()
         self.preconditioning = config.make_preconditioning()
-        resident = range(config.num_blocks) if blocks is None else _checked_blocks(self.partition, blocks)
+        resident = range(config.num_blocks) if blocks is None else checked_blocks(self.partition, blocks)
         # A block's initial weights depend on this draw and on its number, not on which other blocks are resident.
-        self._init_seed = int(torch.randint(2**62, ()).item()) if torch.get_default_device().type != "meta" else 0
+        real = torch.get_default_device().type != "meta"
+        self._init_seed = int(torch.randint(2**62, ()).item()) if real else 0
         self.make_shared()
-        self.blocks = nn.ModuleDict({str(b): self.make_block(b) for b in resident})
+        self.blocks = nn.ModuleDict()
+        request = requested_streaming() if real else None
+        streamer = None if request is None else request.make(self.blocks, torch.get_default_device())
+        self._made_by_block = streamer is not None
+        for b in resident:
+            self.blocks[str(b)] = self.make_block(b)
+            if streamer is not None:
+                self._initialize_part(b, self.blocks[str(b)])
+                streamer.adopt(b)
         self.post_init()
+        if streamer is not None:
+            self._begin_streaming(streamer)
 
     # -- what a family defines -----------------------------------------------------------------------------------
 
@@ -123,18 +122,24 @@ class BlockedPreTrainedModel(PreTrainedModel):
         return tuple(int(name) for name in self.blocks)
 
     def block(self, block: int) -> nn.Module:
-        """The module of a resident block.
+        """The module of a loaded block; if blocks are streamed, it is on the device until another one is asked for.
 
         Raises:
             ValueError: if it does not exist or was not loaded.
         """
+        self.check_loaded(block)
+        if self.streamer is not None:
+            self.streamer.visit(block)
+        return self.blocks[str(block)]
+
+    def check_loaded(self, block: int) -> None:
+        """Raise a ``ValueError`` if a block does not exist or was not loaded."""
         self.partition.check_block(block)
         if str(block) not in self.blocks:
             raise ValueError(
                 f"block {block} is not loaded: this model holds blocks {list(self.resident_blocks)}. "
                 f"Load it with from_pretrained(..., blocks=[{block}])."
             )
-        return self.blocks[str(block)]
 
     def block_parameters(self, block: int) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (as in the state dict) and parameters of a block."""
@@ -211,16 +216,20 @@ class BlockedPreTrainedModel(PreTrainedModel):
 
     # -- initialisation ------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    @init.guard_torch_init_functions()
     def initialize_weights(self) -> None:
         """Initialise each block, and what they share, from a random stream of its own: one block alone gets the same
         weights."""
-        shared = nn.ModuleList(module for name, module in self.named_children() if name != "blocks")
-        for stream, module in {"-1": shared, **self.blocks}.items():
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed((self._init_seed + int(stream)) % 2**63)
-                self._initialize_tree(module)
+        self._initialize_part(-1, nn.ModuleList(self._shared_children()))
+        if not self._made_by_block:
+            for name, module in self.blocks.items():
+                self._initialize_part(int(name), module)
+
+    @torch.no_grad()
+    @init.guard_torch_init_functions()
+    def _initialize_part(self, stream: int, module: nn.Module) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed((self._init_seed + stream) % 2**63)
+            self._initialize_tree(module)
 
     def _initialize_tree(self, module: nn.Module) -> None:
         for child in module.children():
@@ -257,14 +266,13 @@ class BlockedPreTrainedModel(PreTrainedModel):
             self.config.architectures = [type(self).__name__]
             self.config.dtype = self.dtype
             state_dict = kwargs.pop("state_dict", None) or self._own_state_dict()
-            if (limit := kwargs.pop("max_shard_size", None)) is not None:
-                serialization.check_shard_size(state_dict, limit)
+            limit = kwargs.pop("max_shard_size", None)
             target.parent.mkdir(parents=True, exist_ok=True)
             beside = target if target.exists() else target.parent
             with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as temporary:
                 staging = Path(temporary) / "model"
                 staging.mkdir()
-                self._write_files(staging, state_dict, target)
+                self._write_files(staging, state_dict, target, limit)
                 if target.exists():
                     serialization.move_files(staging, target)
                 else:
@@ -272,34 +280,39 @@ class BlockedPreTrainedModel(PreTrainedModel):
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
 
-    def _own_state_dict(self) -> dict[str, Tensor]:
+    def _own_state_dict(self) -> dict[str, Tensor] | Iterator[dict[str, Tensor]]:
+        if self.streamer is not None:
+            return self._state_dict_parts()
         if "disk" in (getattr(self, "hf_device_map", None) or {}).values():
             from accelerate.utils.modeling import get_state_dict_offloaded_model
 
             return get_state_dict_offloaded_model(self)
         return self.state_dict()
 
-    def _write_files(self, staging: Path, state_dict: dict[str, Tensor], target: Path) -> None:
+    def _write_files(
+        self,
+        staging: Path,
+        state_dict: dict[str, Tensor] | Iterator[dict[str, Tensor]],
+        target: Path,
+        limit: int | str | None,
+    ) -> None:
         """Write the files of a save to ``target`` into an empty directory."""
         partial = len(self.resident_blocks) < self.partition.num_blocks
         config = self.config.to_dict()
         config.pop("_name_or_path", None)  # where it was loaded from is nobody else's business
         if partial and (target / "config.json").is_file():
             old = type(self.config).from_pretrained(target).to_dict()
-            for name in _SAME_MODEL:
-                theirs, ours = old[name], config[name]
-                if theirs != ours:
-                    if isinstance(theirs, dict) and isinstance(ours, dict):
-                        key = next(k for k in theirs | ours if theirs.get(k) != ours.get(k))
-                        name, theirs, ours = f"{name}[{key!r}]", theirs.get(key), ours.get(key)
-                    raise ValueError(
-                        f"{target} holds another model: its {name} is {theirs!r}, this one's {ours!r}. "
-                        "Save these blocks in a directory of their own."
-                    )
+            difference = first_difference(old, config, SAME_MODEL)
+            if difference is not None:
+                name, theirs, ours = difference
+                raise ValueError(
+                    f"{target} holds another model: its {name} is {theirs!r}, this one's {ours!r}. "
+                    "Save these blocks in a directory of their own."
+                )
         serialization.write_json(staging / "config.json", config)
         if self.can_generate():
             self.generation_config.save_pretrained(staging)
-        serialization.write_weights(staging, state_dict, beside=target if partial else None)
+        serialization.write_weights(staging, state_dict, target if partial else None, limit)
 
     @classmethod
     def from_pretrained(
@@ -307,6 +320,7 @@ class BlockedPreTrainedModel(PreTrainedModel):
         pretrained_model_name_or_path: str | os.PathLike,
         *model_args: Any,
         blocks: Sequence[int] | None = None,
+        block_streaming: str | None = None,
         **kwargs: Any,
     ):
         """Load a model, or only some of its blocks.
@@ -314,28 +328,41 @@ class BlockedPreTrainedModel(PreTrainedModel):
         Args:
             pretrained_model_name_or_path: a directory or a Hub id.
             blocks: read and allocate these blocks and the shared parts only; the other files need not exist.
+            block_streaming: ``host`` or ``disk``: load block by block, and keep one on the device while the others rest
+                in host memory or in their files; see :meth:`enable_block_streaming`.
             **kwargs: as in transformers: ``dtype``, ``device_map``, ``revision``, ``token``, …
 
         Raises:
             ValueError: for a missing, truncated or corrupted file, named with its block.
         """
+        request = StreamingRequest(block_streaming) if block_streaming else requested_streaming()
+        if request is not None:
+            name = pretrained_model_name_or_path
+            return cls._from_pretrained_streamed(request, name, *model_args, blocks=blocks, **kwargs)
         output_loading_info = kwargs.pop("output_loading_info", False)
         hub = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
         hub_kwargs = {name: kwargs[name] for name in hub if name in kwargs}
         find = serialization.FileFinder(pretrained_model_name_or_path, hub_kwargs)
         index_path = find(serialization.INDEX_NAME)
+        if (commit := extract_commit_hash(str(index_path), None)) is not None:
+            # All files of one commit, whatever is pushed meanwhile.
+            find.kwargs["revision"] = kwargs["revision"] = commit
         index = serialization.read_index(index_path)
+        if not isinstance(kwargs.get("config"), DiffusionBlocksConfig):
+            find("config.json")  # transformers then finds it in the cache
         if blocks is not None:
             config = kwargs.pop("config", None) or pretrained_model_name_or_path
             if not isinstance(config, DiffusionBlocksConfig):
                 dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
                 config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
                 kwargs |= dtype
-            blocks = _checked_blocks(config.make_partition(), blocks)
+            blocks = checked_blocks(config.make_partition(), blocks)
             kwargs |= {"config": config, "blocks": blocks}
         paths = [find(name) for name in serialization.files_for(index, blocks)]
         for path in paths:
             serialization.verify_file(path, index)
+        if not kwargs.get("ignore_mismatched_sizes"):
+            check_files(cls, find, kwargs.get("config"), blocks, paths)
         if blocks is None:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
@@ -375,14 +402,6 @@ class BlockedPreTrainedModel(PreTrainedModel):
         print(format_block_parameters(self))
 
 
-def _checked_blocks(partition: BlockPartition, blocks: Sequence[int]) -> list[int]:
-    if not isinstance(blocks, Sequence) or isinstance(blocks, str) or not blocks:
-        raise ValueError(f"blocks={blocks!r} must list at least one block, such as [0]; None stands for all.")
-    for block in blocks:
-        partition.check_block(block)
-    return sorted(set(blocks))
-
-
 def format_block_parameters(model: BlockedPreTrainedModel) -> str:
     """The table that :meth:`BlockedPreTrainedModel.print_block_parameters` prints."""
     total = sum(p.numel() for p in model.parameters())
@@ -403,11 +422,3 @@ def enable_checkpointing(model: PreTrainedModel, **kwargs: Any) -> None:
     # transformers renamed it; both names mean this.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False, **kwargs})
-
-
-def remove_tree(path: Path) -> None:
-    """Remove a directory so that a half-removed one is never taken for a whole one: rename first."""
-    if path.exists():
-        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
-        os.replace(path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)

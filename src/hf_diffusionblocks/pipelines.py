@@ -55,6 +55,11 @@ class BlockedDiTPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(model=model, scheduler=scheduler, vae=vae)
 
+    def enable_block_streaming(self, *args: Any, **kwargs: Any) -> None:
+        """Keep one block of the model on the device and the others in host memory or on disk, fetched in the order of
+        the grid; see :meth:`BlockedDiTModel.enable_block_streaming`. Images are the same, bit for bit."""
+        self.model.enable_block_streaming(*args, **kwargs)
+
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of what the model samples."""
@@ -173,8 +178,9 @@ class BlockedDiTPipeline(DiffusionPipeline):
             def after_step(step: int, sigma: float, z: Tensor, denoised: Tensor) -> None:
                 bar.update()
 
-            # z ~ sigma_max N(0, I)   (EDM, arXiv 2206.00364, Alg. 2)
-            return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step, on_step_end)
+            with self.model.expect_blocks([self.model.partition.block_of(sigma) for sigma in sigmas[:-1].tolist()]):
+                # z ~ sigma_max N(0, I)   (EDM, arXiv 2206.00364, Alg. 2)
+                return solve(denoise, sigmas[0].item() * noise.float(), sigmas, after_step, on_step_end)
 
     def _decode(self, z: Tensor, output_type: str) -> Any:
         if output_type == "latent":
@@ -223,7 +229,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: directory or Hub id.
             **kwargs: ``scheduler``, ``vae`` to replace the saved ones; everything else goes to the model
-                (``dtype``, ``device_map``, ``revision``, …).
+                (``dtype``, ``device_map``, ``revision``, ``block_streaming``, …).
 
         Raises:
             ValueError: if files are missing or broken.
@@ -243,11 +249,13 @@ class BlockedDiTPipeline(DiffusionPipeline):
         for name, base in (("scheduler", diffusers.SchedulerMixin), ("vae", diffusers.ModelMixin)):
             if name in components or name not in index:
                 continue
-            library, class_name = index[name]
-            component = getattr(diffusers, class_name, None) if library == "diffusers" else None
+            entry = index[name]
+            library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
+            component = getattr(diffusers, str(class_name), None) if library == "diffusers" else None
             if not (isinstance(component, type) and issubclass(component, base)):
                 raise ValueError(f"{_MODEL_INDEX} names {library}.{class_name} as {name}: not a diffusers {name}.")
-            components[name] = component.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub)
+            safe = {"use_safetensors": True} if name == "vae" else {}  # never a pickle
+            components[name] = component.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub, **safe)
         return cls(model, **components)
 
 

@@ -13,17 +13,22 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .retrying import NETWORK_ERRORS, Retries, one_line
+
 INDEX_NAME = "model.safetensors.index.json"
 SHARED_NAME = "shared.safetensors"
+_MAX_JSON_BYTES = 64 * 2**20
 _BLOCK_NAME = re.compile(r"block-(\d{2,})\.safetensors")
 
 
@@ -77,6 +82,14 @@ def first_cause(error: BaseException) -> str:
     return known.group() if known else text.rstrip(".")
 
 
+def remove_tree(path: Path) -> None:
+    """Remove a directory so that a half-removed one is never taken for a whole one: rename first."""
+    if path.exists():
+        doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
 def write_json(path: Path, value: object) -> None:
     """Write JSON atomically."""
     text = json.dumps(value, indent=2, sort_keys=True) + "\n"
@@ -90,11 +103,21 @@ def read_json(path: Path) -> dict:
         ValueError: if the file is not one.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        if path.stat().st_size > _MAX_JSON_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes are too many")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}). Save or download it again.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} does not hold a JSON object. Save or download it again.")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is given twice")
     return value
 
 
@@ -126,31 +149,45 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     atomic_write(path, write)
 
 
-def write_weights(directory: Path, state_dict: dict[str, Tensor], beside: Path | None = None) -> None:
+def write_weights(
+    directory: Path,
+    state_dict: dict[str, Tensor] | Iterable[dict[str, Tensor]],
+    beside: Path | None = None,
+    max_shard_size: int | str | None = None,
+) -> None:
     """Write a model's weights by block, then the index.
 
     Args:
         directory: where to, a directory without weights.
-        state_dict: the weights.
+        state_dict: the weights; or parts of them, one after the other, each with all that goes into its files.
         beside: a saved model; the new index goes on listing its files of blocks that are not in ``state_dict``.
+        max_shard_size: what a file may take, in bytes or as text such as ``5GB``.
+
+    Raises:
+        ValueError: for a file that would take more.
     """
-    files: dict[str, dict[str, Tensor]] = {SHARED_NAME: {}}
-    for key, tensor in state_dict.items():
-        files.setdefault(file_of_key(key), {})[key] = tensor
-    index = {"metadata": {"sha256": {}, "bytes": {}}, "weight_map": {}}
+    weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for part in [state_dict] if isinstance(state_dict, dict) else state_dict:
+        files: dict[str, dict[str, Tensor]] = {} if SHARED_NAME in digests else {SHARED_NAME: {}}
+        for key, tensor in part.items():
+            files.setdefault(file_of_key(key), {})[key] = tensor
+        for name, tensors in sorted(files.items()):
+            sizes[name] = sum(t.numel() * t.element_size() for t in tensors.values())
+            if max_shard_size is not None:
+                _check_shard_size(name, sizes[name], max_shard_size)
+            write_tensors(directory / name, tensors)
+            digests[name] = sha256(directory / name)
+            weight_map.update(dict.fromkeys(tensors, name))
     if beside is not None and (beside / INDEX_NAME).is_file():
         old = read_index(beside / INDEX_NAME)
-        keep = {f for f in set(old["weight_map"].values()) if f not in files and (beside / f).is_file()}
-        index["weight_map"] = {k: f for k, f in old["weight_map"].items() if f in keep}
-        for kind in ("sha256", "bytes"):
-            index["metadata"][kind] = {f: v for f, v in old["metadata"].get(kind, {}).items() if f in keep}
-    for name, tensors in sorted(files.items()):
-        write_tensors(directory / name, tensors)
-        index["metadata"]["sha256"][name] = sha256(directory / name)
-        index["metadata"]["bytes"][name] = sum(t.numel() * t.element_size() for t in tensors.values())
-        index["weight_map"].update(dict.fromkeys(tensors, name))
-    index["metadata"]["total_size"] = sum(index["metadata"]["bytes"].values())
-    write_json(directory / INDEX_NAME, index)
+        keep = {f for f in set(old["weight_map"].values()) if f not in digests and (beside / f).is_file()}
+        weight_map = {k: f for k, f in old["weight_map"].items() if f in keep} | weight_map
+        digests = {f: v for f, v in old["metadata"].get("sha256", {}).items() if f in keep} | digests
+        sizes = {f: v for f, v in old["metadata"].get("bytes", {}).items() if f in keep} | sizes
+    metadata = {"sha256": digests, "bytes": sizes, "total_size": sum(sizes.values())}
+    write_json(directory / INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
 
 
 def move_files(source: Path, target: Path) -> None:
@@ -186,9 +223,12 @@ def read_index(path: Path) -> dict:
         ValueError: if it is not JSON, has no weight map, or names a file that is not one of a blocked model's.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
         weight_map, metadata = index["weight_map"], index["metadata"]
         well_formed = isinstance(weight_map, dict) and isinstance(metadata, dict)
+        well_formed &= all(isinstance(metadata.get(kind, {}), dict) for kind in ("sha256", "bytes"))
+        well_formed &= all(isinstance(digest, str) for digest in metadata.get("sha256", {}).values())
+        well_formed &= all(isinstance(n, int) and 0 <= n < 2**63 for n in metadata.get("bytes", {}).values())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is not a safetensors index ({error}). Save or download the model again.") from error
     if not well_formed:
@@ -199,6 +239,8 @@ def read_index(path: Path) -> dict:
                 f"{path} maps {key!r} to {name!r}, which is not a file of a blocked model "
                 f"({SHARED_NAME} or block-NN.safetensors)."
             )
+        if name != file_of_key(key):
+            raise ValueError(f"{path} maps {key!r} to {name!r}; it belongs in {file_of_key(key)!r}.")
     return index
 
 
@@ -241,22 +283,18 @@ class FileFinder:
         try:
             from transformers.utils import cached_file
 
-            return Path(cached_file(self.name, name, **self.kwargs))
-        except OSError as error:
-            raise OSError(f"cannot get {describe_file(name)} of {self.name}: {error}") from error
+            return Path(Retries(failures=3).call(cached_file, self.name, name, **self.kwargs))
+        except NETWORK_ERRORS as error:
+            raise OSError(f"cannot get {describe_file(name)} of {self.name}: {one_line(error)}") from error
 
 
-def check_shard_size(state_dict: dict[str, Tensor], limit: int | str) -> None:
-    """Raise a ``ValueError`` if a weight file would be larger than ``limit``: bytes, or text such as ``5GB``."""
+def _check_shard_size(name: str, size: int, limit: int | str) -> None:
+    """Raise a ``ValueError`` if a weight file is larger than ``limit``: bytes, or text such as ``5GB``."""
     from accelerate.utils.modeling import convert_file_size_to_int
 
-    sizes: dict[str, int] = {}
-    for key, tensor in state_dict.items():
-        sizes[file_of_key(key)] = sizes.get(file_of_key(key), 0) + tensor.numel() * tensor.element_size()
-    name = max(sizes, key=lambda name: sizes[name])
-    if sizes[name] > convert_file_size_to_int(limit):
+    if size > convert_file_size_to_int(limit):
         raise ValueError(
-            f"max_shard_size={limit!r}, and {describe_file(name)} takes {sizes[name]:,} bytes: a block lies in "
+            f"max_shard_size={limit!r}, and {describe_file(name)} takes {size:,} bytes: a block lies in "
             "one file. Leave max_shard_size out, or cut the model into more blocks."
         )
 

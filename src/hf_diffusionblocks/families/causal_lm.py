@@ -34,6 +34,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from ..agreement import hub_name, weights_digest
 from ..conditioning import Modulation
 from ..losses import linear_cross_entropy, linear_logits
 from ..modeling import BlockedPreTrainedModel
@@ -604,11 +605,13 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: if the base cannot be cut, or a setting is not allowed.
         """
+        base_model = hub_name(base)
         if isinstance(base, (str, os.PathLike)):
             base = AutoModelForCausalLM.from_pretrained(base)
         if isinstance(base, (Mapping, PreTrainedConfig)):
             return cls(cls.config_from(base, num_blocks, preset=preset, **settings))
         config = cls.config_from(base.config, num_blocks, preset=preset, **{"pretrained": True, **settings})
+        config.base_model, config.base_revision = base_model, weights_digest(base.state_dict())
         attention = base.config._attn_implementation
         config._attn_implementation = attention
         with torch.device("meta"):

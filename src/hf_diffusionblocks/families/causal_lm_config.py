@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from ..config_checks import check_sizes
 from ..configuration import DiffusionBlocksConfig
 from ..partition import BlockPartition, balanced_layers
 from ..suggest import unknown_name
@@ -26,6 +27,16 @@ PRESETS = {
 }
 
 
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 _LEGACY = ("rope_theta", "rope_scaling", "torch_dtype", "attn_implementation")
 # Settings that change what flows between the modules of a decoder.
 _OUTSIDE = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "final_logit_softcapping")
@@ -94,6 +105,10 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         dim = self.noise_embedding_dim
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
             raise ValueError(f"noise_embedding_dim={dim!r} must be an even whole number of at least 2.")
+        if self.auxiliary_layers > self.num_layers:
+            raise ValueError(
+                f"auxiliary_layers={self.auxiliary_layers} is more than the {self.num_layers} layers of the model."
+            )
         if self.auxiliary_layers and self.readout != "clean":
             raise ValueError(
                 f"auxiliary_layers={self.auxiliary_layers} needs readout='clean'; with readout={self.readout!r} set it "
@@ -104,6 +119,7 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
 
     def complete_base_config(self, base_config: dict) -> dict:
         model_type = base_config.get("model_type")
+        check_sizes(base_config, _SIZES, optional=True)
         if model_type is None:
             raise ValueError("base_config has no model_type: give the config of a decoder, such as 'llama'.")
         try:
@@ -112,6 +128,8 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             raise ValueError(
                 f"base_config's model_type={model_type!r} is not known to transformers: {error}"
             ) from error
+        except Exception as error:  # the values may be a stranger's, and the class's own checks raise of many kinds
+            raise ValueError(f"base_config does not describe a {model_type!r} model: {error!r}.") from error
         full = config.to_dict()
         if "num_hidden_layers" not in full:
             raise ValueError(

@@ -27,6 +27,8 @@ from transformers import AutoConfig, AutoModel
 from transformers import initialization as init
 from transformers.utils import logging
 
+from ..agreement import hub_name, weights_digest
+from ..config_checks import MAX_POSITIONS, check_sizes
 from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
@@ -34,6 +36,15 @@ from .dit_conversion import base_preconditioning, load_base
 
 logger = logging.get_logger(__name__)
 
+_SIZES = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "in_channels",
+    "sample_size",
+    "patch_size",
+    "num_embeds_ada_norm",
+)
 # What the configs of older checkpoints (of `Transformer2DModel`, DiT's first class) hold besides, with the values that
 # mean "not used". Other values describe a network that is not a DiT.
 _LEGACY_SETTINGS = {
@@ -94,7 +105,15 @@ class BlockedDiTConfig(DiffusionBlocksConfig):
         for name in base_config:
             if name not in defaults:
                 raise ValueError(unknown_name("DiT setting", name, defaults))
-        return defaults | base_config
+        base = defaults | base_config
+        check_sizes(base, _SIZES)
+        check_sizes(base, ("out_channels",), optional=True)
+        if (base["sample_size"] // base["patch_size"]) ** 2 > MAX_POSITIONS:
+            raise ValueError(
+                f"sample_size={base['sample_size']} with patch_size={base['patch_size']} gives more than "
+                f"{MAX_POSITIONS} positions."
+            )
+        return base
 
     @property
     def in_channels(self) -> int:
@@ -293,6 +312,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         """
         if isinstance(base, Mapping):
             return cls(cls.config_from(base, num_blocks, **settings))
+        base_model = hub_name(base)
         base, scheduler = load_base(base)
         settings = base_preconditioning(settings, scheduler)
         if "preconditioning" not in settings:
@@ -305,6 +325,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         with torch.device("meta"):
             model = cls(config)
         weights = base.state_dict()
+        config.base_model, config.base_revision = base_model, weights_digest(weights)
         for block in model.resident_blocks:
             part = {}
             for key in model.block(block).state_dict():

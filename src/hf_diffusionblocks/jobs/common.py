@@ -1,5 +1,6 @@
 """What the commands of all families share."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
+
+from ..streaming import stream_blocks
 
 MODEL_DIR = "model"
 FIGURES_DIR = "figures"
@@ -19,6 +22,11 @@ Say = Callable[[str], None]
 def pick_device() -> torch.device:
     """The accelerator's device if there is one, else the CPU: where a command samples, scores and encodes."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def loading(block_streaming: str | None) -> contextlib.AbstractContextManager:
+    """A context in which saved models are loaded whole; or block by block, which then rest in ``host`` or ``disk``."""
+    return contextlib.nullcontext() if block_streaming is None else stream_blocks(block_streaming, device=pick_device())
 
 
 def check_model_path(name: str) -> None:

@@ -18,7 +18,8 @@ from ..pipelines import BlockedDiTPipeline, decode_latents
 from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
-from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, new_directory, pick_device
+from ..training.residency import construction
+from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, loading, new_directory, pick_device
 
 _LATENTS = "latents"  # where the recipes of latent models expect them
 
@@ -84,7 +85,7 @@ def build_trainer(
 ) -> DiffusionBlocksTrainer:
     """The trainer of a recipe. The model's initial weights follow from the training seed."""
     args = recipe.training_arguments()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), construction(args):
         torch.manual_seed(args.seed)
         model = recipe.build_model(blocks)
     check_classes(train, model)
@@ -341,12 +342,14 @@ def sample(
     solver: str = "euler",
     grid: str = "karras",
     seed: int = 0,
+    block_streaming: str | None = None,
     say: Say = print,
 ) -> list[Path]:
     """``diffusionblocks sample``: PNG files and one picture of them all."""
     from .. import plots
 
-    pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
+    with loading(block_streaming):
+        pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     names = [pipe.model.config.id2label.get(i, str(i)) for i in range(pipe.model.config.num_classes)]
     if class_labels is None:
         class_labels = list(range(min(10, pipe.model.config.num_classes)))

@@ -260,6 +260,7 @@ def sample_text(
     recipe: Recipe | None = None,
     seed: int = 0,
     stream: bool = True,
+    block_streaming: str | None = None,
     say: Say = print,
     **settings: Any,
 ) -> list[str]:
@@ -271,6 +272,7 @@ def sample_text(
         recipe: gives the settings that are not named; by default a recipe's defaults.
         seed: of everything random.
         stream: print tokens as they come; otherwise each text at its end.
+        block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
         say: prints.
         **settings: fields of :class:`~hf_diffusionblocks.recipes.sections.TextSampling` that are not None.
 
@@ -283,7 +285,7 @@ def sample_text(
     if prompts is not None:
         given["prompts"] = prompts
     chosen = replace(recipe.sampling if recipe is not None else TextSampling(), **given)
-    model, tokenizer = load_model(model_dir)
+    model, tokenizer = load_model(model_dir, block_streaming)
     texts = []
     for i, prompt in enumerate(chosen.prompts):
         streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None

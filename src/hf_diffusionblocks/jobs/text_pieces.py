@@ -17,7 +17,8 @@ from ..recipes import Recipe
 from ..recipes.families import BYTES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
-from .common import pick_device
+from ..training.residency import construction
+from .common import loading, pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
 STREAM_DOCUMENTS = 20_000
@@ -145,7 +146,7 @@ def build_trainer(
         args.blocks = sorted(set(blocks))
         if cascade and (lower is not None or config.pretrained):
             held = list(range(max(blocks) + 1))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), construction(args):
         torch.manual_seed(args.seed)
         model = recipe.build_model(held, tokenizer)
     if lower is not None:
@@ -182,14 +183,6 @@ def _take_lower_blocks(
     model: BlockedForCausalLM, directory: str, count: int, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Load the shared parts and the first so many blocks from a saved model of the same tokens."""
-    below = BlockedForCausalLM.from_pretrained(directory, blocks=list(range(count)))
-    for name in _SAME:
-        theirs, ours = getattr(below.config, name), getattr(model.config, name)
-        if theirs != ours:
-            raise ValueError(
-                f"the blocks in {directory} belong to another model: its {name} is {theirs!r}, here {ours!r}. Use the "
-                "same recipe for all blocks of a cascade."
-            )
     if any(Path(directory).glob("tokenizer*")):  # a trainer's own save_model() leaves none
         theirs, ours = tokenizer_fingerprint(load_tokenizer(directory)), tokenizer_fingerprint(tokenizer)
         if theirs != ours:
@@ -198,7 +191,18 @@ def _take_lower_blocks(
                 "the same ids are other text to them. Use the same data and tokenizer for all blocks of a cascade, or "
                 f"set data.tokenizer={directory}."
             )
-    model.load_state_dict(below.state_dict(), strict=False)
+    for block in range(count):  # one at a time: they may be streamed
+        below = BlockedForCausalLM.from_pretrained(directory, blocks=[block])
+        for name in _SAME:
+            theirs, ours = getattr(below.config, name), getattr(model.config, name)
+            if theirs != ours:
+                raise ValueError(
+                    f"the blocks in {directory} belong to another model: its {name} is {theirs!r}, here {ours!r}. Use "
+                    "the same recipe for all blocks of a cascade."
+                )
+        model.block(block).load_state_dict(below.block(block).state_dict())
+    shared = {name: tensor for name, tensor in below.state_dict().items() if not name.startswith("blocks.")}
+    model.load_state_dict(shared, strict=False)
     model.config.trained_blocks = list(below.config.trained_blocks)
 
 
@@ -210,13 +214,20 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             os.replace(path, directory / path.name)
 
 
-def load_model(model_dir: str) -> tuple[BlockedForCausalLM, PreTrainedTokenizerBase]:
+def load_model(
+    model_dir: str, block_streaming: str | None = None
+) -> tuple[BlockedForCausalLM, PreTrainedTokenizerBase]:
     """A saved blocked language model and its tokenizer.
+
+    Args:
+        model_dir: directory or Hub id.
+        block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
 
     Raises:
         ValueError: if one of them cannot be loaded, or they do not fit each other.
     """
     tokenizer = load_tokenizer(model_dir)
-    model = BlockedForCausalLM.from_pretrained(model_dir)
+    with loading(block_streaming):
+        model = BlockedForCausalLM.from_pretrained(model_dir)
     check_tokenizer(tokenizer, model.config.vocab_size)
     return model.to(pick_device()).eval(), tokenizer

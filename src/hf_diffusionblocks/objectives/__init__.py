@@ -4,19 +4,27 @@ from typing import Any
 
 from ..configuration import DiffusionBlocksConfig
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from .exact_gradient import ExactNextTokenPrediction, check_exact
 from .next_token import NextTokenPrediction
 from .result import HeldOutLoss, ObjectiveResult
 from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_loss, weighted_error
 
 
-def default_objective(config: DiffusionBlocksConfig, **settings: Any) -> DenoisingScoreMatching | NextTokenPrediction:
+def default_objective(
+    config: DiffusionBlocksConfig, gradient: str = "local", **settings: Any
+) -> DenoisingScoreMatching | NextTokenPrediction:
     """The objective of a family: :class:`NextTokenPrediction` for language models, else denoising score matching.
 
     Args:
         config: the model's.
+        gradient: ``exact`` for the last block's loss with its exact gradient in each block
+            (:class:`ExactNextTokenPrediction`); with one block, its own loss is just that.
         **settings: of the objective; those that it does not know are left out if they are not set.
     """
     kind = NextTokenPrediction if isinstance(config, BlockedCausalLMConfig) else DenoisingScoreMatching
+    if gradient == "exact" and config.num_blocks > 1:
+        check_exact(config)
+        kind = ExactNextTokenPrediction
     known = kind.__dataclass_fields__
     for name, value in settings.items():
         if name not in known and value:
@@ -28,6 +36,7 @@ def default_objective(config: DiffusionBlocksConfig, **settings: Any) -> Denoisi
 
 __all__ = [
     "DenoisingScoreMatching",
+    "ExactNextTokenPrediction",
     "HeldOutLoss",
     "NextTokenPrediction",
     "ObjectiveResult",

@@ -14,6 +14,8 @@ from ..suggest import as_number, unknown_name
 ORDERS = ("simultaneous", "sequential")
 LOWER_OUTPUTS = ("recompute", "disk")
 TRAIN_SHARED = ("first", "all", "none")
+RESIDENCIES = ("device", "host", "disk")
+GRADIENTS = ("local", "exact")
 BLOCK_ORDERS = ("random", "round_robin", "sequential")
 MIXED_PRECISIONS = ("no", "bf16")
 # Those of transformers that depend on the number of updates alone, not on a measured loss.
@@ -55,6 +57,22 @@ class DiffusionBlocksTrainingArguments:
     )
     block_order: str = field(default="random", metadata={"help": f"which block steps next: {', '.join(BLOCK_ORDERS)}"})
     steps_per_visit: int = field(default=1, metadata={"help": "consecutive updates of a block per visit"})
+    residency: str = field(
+        default="device",
+        metadata={
+            "help": f"where blocks rest while others train: {', '.join(RESIDENCIES)}; the last two keep one there"
+        },
+    )
+    residency_dir: str | None = field(
+        default=None, metadata={"help": "folder of residency=disk for scratch files; default: in output_dir"}
+    )
+    gradient: str = field(
+        default="local",
+        metadata={
+            "help": f"{' or '.join(GRADIENTS)}: of the block's own loss; or of the last block's, through the blocks "
+            "above, which run again one at a time (clean cascades; an update costs about an end-to-end one)"
+        },
+    )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "samples per forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per update"})
     learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
@@ -133,6 +151,8 @@ class DiffusionBlocksTrainingArguments:
             ("lower_outputs", LOWER_OUTPUTS),
             ("train_shared", TRAIN_SHARED),
             ("block_order", BLOCK_ORDERS),
+            ("residency", RESIDENCIES),
+            ("gradient", GRADIENTS),
             ("mixed_precision", MIXED_PRECISIONS),
             ("lr_scheduler_type", LR_SCHEDULES),
         ):
@@ -192,6 +212,8 @@ _name_unknown_settings(DiffusionBlocksTrainingArguments)
 RESUMABLE_CHANGES = frozenset(
     {
         "output_dir",
+        "residency",
+        "residency_dir",
         "dataloader_num_workers",
         "logging_steps",
         "save_steps",

@@ -1,6 +1,7 @@
 """Blocks that build on each other: which may train, and what the lower ones give, computed once and kept on disk."""
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -45,6 +46,14 @@ def check_job(
             "under the other jobs. Use train_shared='none', or 'first' with order='sequential'."
         )
     cascade = getattr(config, "context", "independent") == "cascade"
+    if args.gradient == "exact" and count > 1:
+        for name, value in (("train_shared", "all"), ("lower_outputs", "disk")):
+            if getattr(args, name) == value:
+                raise ValueError(f"gradient='exact' does not go with {name}={value!r}: leave {name} at its default.")
+        missing = sorted(set(range(count)) - set(model.resident_blocks))
+        if missing:
+            raise ValueError(f"gradient='exact' runs all blocks; not loaded: {missing}. Load them with blocks=None.")
+        return
     if shared and alone and not cascade and args.train_shared == "first" and 0 in blocks:
         raise ValueError(
             f"train_shared='first' in a job that trains blocks {blocks} of {count} with independent blocks: the token "
@@ -155,10 +164,10 @@ def _read(note: Path) -> Any:
 def _digest(model: BlockedPreTrainedModel, block: int) -> str:
     """A hash of all weights that the outputs depend on."""
     digest = hashlib.sha256()
-    named = [*model.shared_parameters()]
-    for lower in range(block):
-        named += [(n, p) for n, p in model.block_parameters(lower) if ".auxiliary." not in n]
-    for name, parameter in named:
+    lower = (model.block_parameters(b) for b in range(block))  # one at a time: they may be streamed
+    for name, parameter in itertools.chain(model.shared_parameters(), itertools.chain.from_iterable(lower)):
+        if ".auxiliary." in name:
+            continue
         digest.update(name.encode())
         digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -5,9 +5,11 @@ A checkpoint is a directory ``checkpoint-<iteration>``: the model by block (load
 run and a SHA-256 of every file and of itself. It is written under another name and renamed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -16,8 +18,10 @@ from typing import Any
 import torch
 
 from .. import serialization
-from ..modeling import BlockedPreTrainedModel, remove_tree
+from ..modeling import BlockedPreTrainedModel
+from ..serialization import remove_tree
 from .block_trainer import BlockTrainer
+from .residency import Residency
 
 STATE_NAME = "trainer_state.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -47,8 +51,9 @@ def write_checkpoint(
     trainers: dict[int, BlockTrainer],
     identity: dict[str, Any],
     keep: int | None,
+    residency: Residency | None = None,
 ) -> Path:
-    """Write a checkpoint, then remove the oldest beyond ``keep``.
+    """Write a checkpoint, block by block, then remove the oldest beyond ``keep``.
 
     Raises:
         OSError: if it cannot be written (a full disk, say); earlier checkpoints stay.
@@ -59,14 +64,16 @@ def write_checkpoint(
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
-        model.save_pretrained(staging)
-        for block, trainer in trainers.items():
-            serialization.write_tensors(staging / f"ema-{block:02d}.safetensors", trainer.ema_tensors())
-            path = staging / f"optimizer-{block:02d}.pt"
-            with open(path, "wb") as file:
-                torch.save(trainer.tensors(), file)
-                file.flush()
-                os.fsync(file.fileno())
+        with contextlib.nullcontext(_nothing) if residency is None else residency.reading() as have:
+            model.save_pretrained(staging)
+            for block, trainer in trainers.items():
+                have(block)
+                serialization.write_tensors(staging / f"ema-{block:02d}.safetensors", trainer.ema_tensors())
+                path = staging / f"optimizer-{block:02d}.pt"
+                with open(path, "wb") as file:
+                    torch.save(trainer.tensors(), file)
+                    file.flush()
+                    os.fsync(file.fileno())
         files = {p.name: serialization.sha256(p) for p in sorted(staging.iterdir())}
         state = {
             "iteration": iteration,
@@ -106,6 +113,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is corrupted ({error!r}). {advice}") from error
     if digest != _digest(state):
         raise ValueError(f"{path} is corrupted: its SHA-256 is not the recorded one. {advice}")
+    well_formed = all(isinstance(state.get(k), dict) for k in ("files", "blocks", "identity"))
+    if not well_formed or not isinstance(state.get("iteration"), int):
+        raise ValueError(f"{path} is corrupted: it lacks files, blocks, identity or iteration. {advice}")
     for name, digest in state["files"].items():
         file = checkpoint / Path(name).name
         problem = None
@@ -160,7 +170,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> dict[str, tuple[An
 
 
 def load_checkpoint(
-    checkpoint: Path, state: dict[str, Any], model: BlockedPreTrainedModel, trainers: dict[int, BlockTrainer]
+    checkpoint: Path,
+    state: dict[str, Any],
+    model: BlockedPreTrainedModel,
+    trainers: dict[int, BlockTrainer],
+    residency: Residency | None = None,
 ) -> None:
     """Load weights, averages, moments and counters into a model and its block trainers."""
     device = next(model.parameters()).device
@@ -170,12 +184,31 @@ def load_checkpoint(
             f"{checkpoint} belongs to a run that trains blocks {saved}; this one trains {sorted(trainers)}. "
             "Train the same blocks to resume, or use another output_dir."
         )
+    streamed = model.streamer is not None
     shared = serialization.read_tensors(checkpoint / serialization.SHARED_NAME)
     model.load_state_dict(shared, strict=False)
     for block, trainer in trainers.items():
+        if residency is not None:
+            residency.pin(block)
         weights = serialization.read_tensors(checkpoint / serialization.block_file(block))
         prefix = f"blocks.{block}."
         model.block(block).load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
-        optimizer = torch.load(checkpoint / f"optimizer-{block:02d}.pt", map_location=device, weights_only=True)
+        del weights
+        path = checkpoint / f"optimizer-{block:02d}.pt"
+        try:
+            optimizer = torch.load(path, map_location=device, weights_only=True, mmap=streamed)
+        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+            named = serialization.describe_file(path.name)
+            raise ValueError(
+                f"{named} in {checkpoint} cannot be read: it is broken, or holds more than tensors and numbers. "
+                f"Remove {checkpoint} and {_older(checkpoint)}"
+            ) from error
         ema = serialization.read_tensors(checkpoint / f"ema-{block:02d}.safetensors")
         trainer.load(optimizer, state["blocks"][str(block)], ema)
+        del optimizer, ema
+    if residency is not None:
+        residency.release()
+
+
+def _nothing(block: int) -> None:
+    """Everything is there already."""

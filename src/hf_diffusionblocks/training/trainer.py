@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
+from ..agreement import HISTORY
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
@@ -26,6 +27,7 @@ from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs, mark_trained
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
+from .residency import make_residency
 from .run_files import EVALUATIONS_NAME, UPDATES_NAME, flat_values, set_aside, truncate_log
 
 
@@ -83,11 +85,13 @@ class DiffusionBlocksTrainer:
                 f"{self.accelerator.num_processes} processes were launched; this trainer runs in one. "
                 "Train different blocks in separate commands with blocks=[b]."
             )
-        self.model = model.to(self.accelerator.device)
+        self.model = model
+        self.residency = make_residency(model, args, self.accelerator.device)
         if teacher is not None:
             teacher.to(self.accelerator.device)
         self.objective = objective or default_objective(
             model.config,
+            args.gradient,
             teacher=teacher,
             distillation_weight=args.distillation_weight,
             hidden_weight=args.hidden_weight,
@@ -97,17 +101,20 @@ class DiffusionBlocksTrainer:
         if not self.blocks:
             raise ValueError("blocks=[] trains nothing: name at least one block, or None for all that are loaded.")
         for block in self.blocks:
-            model.block(block)
+            model.check_loaded(block)
         self._check_dataset(train_dataset, "training")
         if eval_dataset is not None:
             self._check_dataset(eval_dataset, "held-out")
         self.num_updates = args.updates_per_block(len(train_dataset))
         cascade = getattr(model.config, "context", "independent") == "cascade"
-        self.sequential = (args.order or ("sequential" if cascade else "simultaneous")) == "sequential"
+        order = "sequential" if cascade and args.gradient == "local" else "simultaneous"
+        self.sequential = (args.order or order) == "sequential"
         check_job(model, self.blocks, args, self.sequential)
         self._prepare_model()
-        self.trainers = {
-            block: BlockTrainer(
+        self.trainers = self.residency.trainers
+        for block in self.blocks:
+            self.residency.pin(block)
+            self.trainers[block] = BlockTrainer(
                 model,
                 block,
                 self.objective,
@@ -117,8 +124,7 @@ class DiffusionBlocksTrainer:
                 self.num_updates,
                 shared=args.train_shared == "all" or (args.train_shared == "first" and block == 0),
             )
-            for block in self.blocks
-        }
+        self.residency.release()
         self.schedule = block_schedule(self.blocks, self.num_updates, args, self.sequential)
         self._prepared: int | None = None
         self.iteration = 0
@@ -215,6 +221,9 @@ class DiffusionBlocksTrainer:
         block = self.schedule[self.iteration]
         if block != self._prepared:
             self._prepare_block(block)
+        if block != self.residency.active:
+            rest = range(self.iteration, len(self.schedule))
+            self.residency.pin(block, next((self.schedule[i] for i in rest if self.schedule[i] != block), None))
         try:
             self._pending.append(self.trainers[block].step())
         except BadSampleError as error:
@@ -249,10 +258,13 @@ class DiffusionBlocksTrainer:
 
     def _prepare_block(self, block: int) -> None:
         """Before the first update of a block, and before its next one after others were trained or the run resumed."""
-        if self.sequential and self.trainers[block].updates == 0:
+        chained = self.args.gradient == "exact"  # then a block starts from what the chain has made of it
+        if self.sequential and not chained and self.trainers[block].updates == 0:
             for lower, trainer in self.trainers.items():  # what is built upon is what will be saved
                 if lower < block and trainer.ema is not None:
+                    self.residency.pin(lower)
                     trainer.ema.copy_to(trainer.parameters)
+            self.residency.pin(block)
             self.model.begin_block(block, self.args.hand_over)
             self.trainers[block].restart_average()
         if self.args.lower_outputs == "disk" and block > 0:
@@ -332,18 +344,9 @@ class DiffusionBlocksTrainer:
         """Held-out loss over all noise needs every block."""
         return len(self.model.resident_blocks) == self.model.partition.num_blocks
 
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The averaged weights in place of the trained ones, for as long as the block lasts."""
-        averages = [t for t in self.trainers.values() if t.ema is not None]
-        for trainer in averages:
-            trainer.ema.store(trainer.parameters)
-            trainer.ema.copy_to(trainer.parameters)
-        try:
-            yield
-        finally:
-            for trainer in reversed(averages):  # shared parameters may be in several
-                trainer.ema.restore(trainer.parameters)
+    def averaged_weights(self) -> contextlib.AbstractContextManager:
+        """The averaged weights in place of the trained ones, for as long as the context lasts."""
+        return self.residency.averaged()
 
     def evaluate(self, dataset: Any | None = None, num_draws: int = 1) -> HeldOutLoss:
         """Held-out denoising loss of the averaged weights, over all noise and per block's range; logged."""
@@ -392,20 +395,17 @@ class DiffusionBlocksTrainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
-        config = self.model.config.to_dict()
-        config = {
-            k: v
-            for k, v in config.items()
-            if k not in ("transformers_version", "_name_or_path", "architectures", "dtype", "trained_blocks")
-        }
+        changing = (*HISTORY, "architectures", "dtype")
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in changing}
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
         data = {"num_samples": len(self.train_dataset), "fingerprint": data_fingerprint(self.train_dataset)}
         return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
 
     def _save_checkpoint(self) -> None:
         self._flush()
+        keep = self.args.save_total_limit
         write_checkpoint(
-            self.output_dir, self.iteration, self.model, self.trainers, self.identity, self.args.save_total_limit
+            self.output_dir, self.iteration, self.model, self.trainers, self.identity, keep, self.residency
         )
         self._notify("on_save")
 
@@ -421,7 +421,7 @@ class DiffusionBlocksTrainer:
             return
         state = read_state(checkpoint)
         check_identity(state["identity"], self.identity, checkpoint)
-        load_checkpoint(checkpoint, state, self.model, self.trainers)
+        load_checkpoint(checkpoint, state, self.model, self.trainers, self.residency)
         self.iteration = self.state.global_step = state["iteration"]
         self._prepared = None
         for name in (UPDATES_NAME, EVALUATIONS_NAME):

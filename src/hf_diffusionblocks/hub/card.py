@@ -5,9 +5,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from . import serialization
-from .families.causal_lm_config import BlockedCausalLMConfig
-from .modeling import BlockedPreTrainedModel, format_block_parameters
+from .. import serialization
+from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..modeling import BlockedPreTrainedModel, format_block_parameters
 
 PAPER = "https://arxiv.org/abs/2506.14202"
 

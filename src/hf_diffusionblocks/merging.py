@@ -1,0 +1,293 @@
+"""One checkpoint out of jobs that trained one block each.
+
+Each job saved its block, what the blocks share and the same config. Put together, they are, bit for bit, what one
+process that trained all blocks with the same seed would have saved: a block's initial weights, its data and its noise
+follow from the seed and the block's number alone.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel
+
+from . import serialization
+from .agreement import first_difference
+from .configuration import DiffusionBlocksConfig
+from .serialization import INDEX_NAME, SHARED_NAME, block_file
+from .weight_headers import check_shapes, payload_bytes
+
+CARD_NAME = "README.md"
+_POLL_SECONDS = 2.0
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A saved model of some blocks.
+
+    Attributes:
+        directory: where it lies.
+        config: its config as it is written.
+        index: its index, checked.
+        blocks: numbers of its blocks.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    index: dict[str, Any]
+    blocks: tuple[int, ...]
+
+    def files(self) -> list[str]:
+        """Names of its weight files; that of the shared parts may hold nothing, and the index then not name it."""
+        present = [SHARED_NAME] if (self.directory / SHARED_NAME).is_file() else []
+        return sorted({*present, *self.index["weight_map"].values()})
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of one of its weight files."""
+        known = self.index["metadata"].get("sha256", {}).get(name)
+        return known or serialization.sha256(self.directory / name)
+
+
+class BlocksMissingError(ValueError):
+    """Blocks that no directory holds, or a directory without a model yet: waiting may help."""
+
+
+def merge_blocks(
+    directories: Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    *,
+    wait: float | int = 0,
+    say: Say = lambda line: None,
+) -> Path:
+    """Make one checkpoint of all blocks out of directories that hold some each.
+
+    Every file is checked against its SHA-256. The directory appears complete or not at all; the sources stay as they
+    are. A block may lie in several directories (a job of a cascade also holds the blocks below its own) if its files
+    are the same. Files beside the weights are taken over; they too must agree, except for the model cards.
+
+    Args:
+        directories: what ``save_pretrained`` or ``diffusionblocks train --block b`` wrote; a run's directory stands for
+            the ``model`` in it.
+        output_dir: a new or empty directory.
+        wait: seconds to wait for directories or blocks that are not there yet.
+        say: gets a line for each block, and for what is waited for.
+
+    Returns:
+        The output directory.
+
+    Raises:
+        BlocksMissingError: a ``ValueError`` that names the blocks that nobody holds, or the directory without a model.
+        ValueError: if configs, edges, the base's weights, shared parts or copies of a block differ, or a file is
+            broken; says what differs and where.
+        OSError: if the disk is full; nothing half written stays.
+    """
+    directories = [Path(d) for d in directories]
+    if not directories:
+        raise ValueError("no directory to merge: give those that the jobs saved their blocks in.")
+    target = Path(output_dir)
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ValueError(f"{target} is not an empty directory: give a new one for the merged model.")
+    parts, owners = _wait_for(directories, wait, say)
+    first = parts[0]
+    _check_shared(parts)
+    for part in parts:
+        for name in part.files():
+            serialization.verify_file(part.directory / name, part.index)
+    sources = {block_file(b): part for b, part in owners.items()}
+    holder = next((part for part in parts if (part.directory / SHARED_NAME).is_file()), None)
+    if holder is not None:
+        sources[SHARED_NAME] = holder
+    _check_complete(first, sources)
+    companions = _companions(parts)
+    for block, part in sorted(owners.items()):
+        say(f"block {block}: {part.directory} (sha256 {part.digest(block_file(block))[:12]})")
+
+    staging = target.with_name(f".{target.name}.merging")
+    shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+    try:
+        staging.mkdir(parents=True)
+        for name, source in companions.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            _copy(source, staging / name)
+        for name, part in sources.items():
+            _copy(part.directory / name, staging / name)
+        serialization.write_json(staging / "config.json", _merged_config(parts))
+        index = _merged_index(sources)
+        for name in sources:
+            serialization.verify_file(staging / name, index)
+        serialization.write_json(staging / INDEX_NAME, index)
+        if target.is_dir():
+            target.rmdir()
+        os.replace(staging, target)
+    except OSError as error:
+        raise OSError(f"cannot write {target}: {error}. The directories to merge are untouched.") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+def _wait_for(directories: list[Path], wait: float | int, say: Say) -> tuple[list[Part], dict[int, Part]]:
+    """The parts, and who holds each block, as soon as all blocks are there."""
+    deadline, told = time.monotonic() + wait, None
+    while True:
+        try:
+            parts = [read_part(directory) for directory in directories]
+            return parts, _owners(parts)
+        except BlocksMissingError as error:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise
+            if str(error) != told:
+                told = str(error)
+                say(f"waiting: {told}")
+            time.sleep(min(_POLL_SECONDS, left))
+
+
+def read_part(directory: Path) -> Part:
+    """Read the config and index of a saved model, or of the ``model`` in a run's directory.
+
+    Raises:
+        BlocksMissingError: if there is none.
+        ValueError: if they are broken or not a blocked model's.
+    """
+    for place in (directory, directory / "model"):
+        if (place / INDEX_NAME).is_file() and (place / "config.json").is_file():
+            break
+    else:
+        raise BlocksMissingError(
+            f"{directory} holds no saved model (config.json and {INDEX_NAME}): its job has not finished, or it is "
+            "another directory."
+        )
+    config = serialization.read_json(place / "config.json")
+    index = serialization.read_index(place / INDEX_NAME)
+    count = _config_of(config, place).num_blocks
+    present = {block_file(b): b for b in range(count)}
+    blocks = []
+    for name in sorted(set(index["weight_map"].values()) - {SHARED_NAME}):
+        if name not in present:
+            raise ValueError(f"{place} has {name}, but its config has blocks 0 to {count - 1} only.")
+        blocks.append(present[name])
+    return Part(place, config, index, tuple(blocks))
+
+
+def _config_of(values: dict[str, Any], place: Path) -> DiffusionBlocksConfig:
+    try:
+        # auto_map names code of a repository, which is never run
+        config = AutoConfig.for_model(**{k: v for k, v in values.items() if k != "auto_map"})
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{place / 'config.json'} is not a blocked model's: {error}") from error
+    if not isinstance(config, DiffusionBlocksConfig):
+        raise ValueError(
+            f"{place / 'config.json'} describes a model of type {config.model_type!r}, which has no blocks to merge."
+        )
+    return config
+
+
+# -- checks -------------------------------------------------------------------------------------------------------
+
+
+def _owners(parts: list[Part]) -> dict[int, Part]:
+    """Who holds each block; configs and copies of a block agree."""
+    first, owners = parts[0], {}
+    for part in parts:
+        difference = first_difference(first.config, part.config)
+        if difference is not None:
+            name, theirs, ours = difference
+            raise ValueError(
+                f"{first.directory} and {part.directory} hold blocks of different models: {name} is {theirs!r} in the "
+                f"first and {ours!r} in the second. Train all blocks with the same settings and base."
+            )
+        for block in part.blocks:
+            other = owners.setdefault(block, part)
+            name = block_file(block)
+            if other.digest(name) != part.digest(name):
+                raise ValueError(
+                    f"block {block} is given twice and differs: {other.directory / name} and {part.directory / name}. "
+                    "Leave one of them out."
+                )
+    count = first.config["num_blocks"]
+    missing = [b for b in range(count) if b not in owners]
+    if missing:
+        held = "; ".join(f"{part.directory}: {list(part.blocks)}" for part in parts)
+        raise BlocksMissingError(f"blocks {missing} of {count} are missing. Given: {held}.")
+    return owners
+
+
+def _check_shared(parts: list[Part]) -> None:
+    """What the blocks share must be the same everywhere."""
+    holders = [part for part in parts if (part.directory / SHARED_NAME).is_file()]
+    for part in holders[1:]:
+        first = holders[0]
+        if first.digest(SHARED_NAME) == part.digest(SHARED_NAME):
+            continue
+        a, b = (serialization.read_tensors(p.directory / SHARED_NAME) for p in (first, part))
+        names = [k for k in sorted(a.keys() | b.keys()) if k not in a or k not in b or not torch.equal(a[k], b[k])]
+        what = f"their {names[0]!r} differs" if names else "their bytes differ"
+        raise ValueError(
+            f"{first.directory / SHARED_NAME} and {part.directory / SHARED_NAME} do not agree: {what}. Blocks of one "
+            "model need the same shared parts: start all jobs from the same base or seed, with train_shared='none' "
+            "(in a cascade, start each job from the blocks below it)."
+        )
+
+
+def _check_complete(part: Part, sources: dict[str, Part]) -> None:
+    """Names and shapes in the files are those of the model that the config describes."""
+    with torch.device("meta"):
+        model = AutoModel.from_config(_config_of(part.config, part.directory))
+    for name, source in sources.items():
+        shapes = {
+            key: tuple(t.shape) for key, t in model.state_dict().items() if serialization.file_of_key(key) == name
+        }
+        check_shapes(source.directory / name, shapes)
+
+
+def _companions(parts: list[Part]) -> dict[str, Path]:
+    """Files beside the weights, by relative name."""
+    found: dict[str, Path] = {}
+    for part in parts:
+        weights = {*part.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME}
+        for path in sorted(part.directory.rglob("*")):
+            name = str(path.relative_to(part.directory))
+            hidden = any(piece.startswith(".") for piece in path.relative_to(part.directory).parts)
+            if name in weights or hidden or path.is_symlink() or not path.is_file():
+                continue
+            other = found.setdefault(name, path)
+            if serialization.sha256(other) != serialization.sha256(path):
+                raise ValueError(
+                    f"{other} and {path} differ. Make them the same, or remove those that do not belong to the model."
+                )
+    return found
+
+
+# -- writing ------------------------------------------------------------------------------------------------------
+
+
+def _copy(source: Path, target: Path) -> None:
+    serialization.atomic_write(target, lambda temporary: shutil.copyfile(source, temporary))
+
+
+def _merged_config(parts: list[Part]) -> dict[str, Any]:
+    config = dict(parts[0].config)
+    if "trained_blocks" in config:
+        config["trained_blocks"] = sorted({b for part in parts for b in part.config.get("trained_blocks") or []})
+    return config
+
+
+def _merged_index(sources: dict[str, Part]) -> dict[str, Any]:
+    index: dict[str, Any] = {"metadata": {"sha256": {}, "bytes": {}}, "weight_map": {}}
+    for name, part in sources.items():
+        index["weight_map"] |= {k: f for k, f in part.index["weight_map"].items() if f == name}
+        index["metadata"]["sha256"][name] = part.digest(name)
+        index["metadata"]["bytes"][name] = payload_bytes(part.directory / name)
+    index["metadata"]["total_size"] = sum(index["metadata"]["bytes"].values())
+    return index

@@ -1,0 +1,72 @@
+"""The card of a repository that is filled block by block: metadata, and a table of the blocks that are there."""
+
+import re
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from ..serialization import block_file
+
+CARD_NAME = "README.md"
+LIBRARY_NAME = "hf-diffusionblocks"
+_TAGS = ["diffusion-blocks", "block-wise-training", "arxiv:2506.14202"]
+_TASKS = {"blocked_dit": "unconditional-image-generation", "blocked_causal_lm": "text-generation"}
+_BEGIN, _END = "<!-- blocks in this repository -->", "<!-- end of blocks -->"
+_SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
+
+_TEXT = """---
+{metadata}
+---
+
+# Blocks of a {model_type} model
+
+A residual network cut into {num_blocks} blocks that are trained alone (DiffusionBlocks,
+[arXiv 2506.14202](https://arxiv.org/abs/2506.14202)), with the library `hf-diffusionblocks`.
+
+```python
+import hf_diffusionblocks
+from transformers import AutoModel
+
+model = AutoModel.from_pretrained("path/or/name")  # all blocks; blocks=[1] loads one
+```
+"""
+
+
+def complete_card(text: str | None, config: dict[str, Any], index: dict[str, Any]) -> str:
+    """A card with its metadata completed and the table of blocks brought up to date.
+
+    Args:
+        text: the card so far; None for a new one.
+        config: of the model, as a mapping.
+        index: of the repository, after the push.
+
+    Raises:
+        ValueError: if the card's metadata are not valid.
+    """
+    if text is None:
+        data = ModelCardData(pipeline_tag=_TASKS.get(config["model_type"]), tags=list(_TAGS), library_name=LIBRARY_NAME)
+        text = _TEXT.format(metadata=data.to_yaml(), model_type=config["model_type"], num_blocks=config["num_blocks"])
+    card = ModelCard(text)
+    wanted = {"library_name": LIBRARY_NAME, "base_model": config.get("base_model")}
+    missing = {name: value for name, value in wanted.items() if value and not getattr(card.data, name, None)}
+    if missing:
+        for name, value in missing.items():
+            setattr(card.data, name, value)
+        text = str(card)
+    section = _blocks_section(config, index)
+    if _SECTION.search(text):
+        return _SECTION.sub(lambda _: section, text, count=1)
+    return f"{text.rstrip()}\n\n{section}\n"
+
+
+def _blocks_section(config: dict[str, Any], index: dict[str, Any]) -> str:
+    digests, sizes = (index["metadata"].get(kind, {}) for kind in ("sha256", "bytes"))
+    present = set(index["weight_map"].values())
+    rows = [_BEGIN, "", "| block | bytes | sha256 |", "|---|---|---|"]
+    for block in range(config["num_blocks"]):
+        name = block_file(block)
+        if name in present:
+            rows.append(f"| {block} | {sizes.get(name, 0):,} | `{digests.get(name, '')[:16]}` |")
+        else:
+            rows.append(f"| {block} | not here yet | |")
+    return "\n".join([*rows, "", _END])

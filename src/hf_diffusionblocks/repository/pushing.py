@@ -1,0 +1,332 @@
+"""A model's repository on the Hub: what a push of some blocks or of all sends, as one commit on top of a known one.
+
+Many people push blocks of one model at the same time. Every commit names the commit that it was made on
+(``parent_commit``); if another one came first, the Hub refuses it, and the index and the card are made again on top of
+what is there by then. So no push takes back another's.
+"""
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+
+from .. import serialization
+from ..agreement import SAME_MODEL, first_difference
+from ..retrying import Retries, in_one_line
+from ..serialization import INDEX_NAME, SHARED_NAME, block_file
+from .block_table import CARD_NAME, LIBRARY_NAME, complete_card
+
+_WEIGHT_FILE = re.compile(r"shared\.safetensors|block-\d{2,}\.safetensors")
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """A file of a commit.
+
+    Attributes:
+        name: in the repository.
+        size: in bytes; 0 if it is removed.
+        action: ``add``, ``change`` or ``remove``.
+    """
+
+    name: str
+    size: int
+    action: str
+
+
+@dataclass(frozen=True)
+class Push:
+    """What was sent, or with ``dry_run`` would be.
+
+    Attributes:
+        repo_id: of the repository.
+        revision: the branch; None for the main one.
+        parent: the commit that it was made on; None for a repository that does not exist yet.
+        files: what the commit touches; empty if the repository holds everything already.
+        commit: the new commit; None if there is none.
+        url: of the commit or of the pull request.
+    """
+
+    repo_id: str
+    revision: str | None
+    parent: str | None
+    files: tuple[SentFile, ...]
+    commit: str | None = None
+    url: str | None = None
+
+    def __str__(self) -> str:
+        where = self.repo_id + (f" ({self.revision})" if self.revision else "")
+        if not self.files:
+            return f"{where} holds these blocks already: nothing to send"
+        head = f"sent to {where}: {self.url}" if self.url else f"would be sent to {where}:"
+        return "\n".join([head, *(f"  {f.action:<7}{f.size:>16,} bytes  {f.name}" for f in self.files)])
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """A saved model, and which of its blocks are to be sent.
+
+    Attributes:
+        directory: where it lies.
+        config: of the model.
+        index: checked.
+        blocks: to be sent.
+        whole: whether these are all blocks of the model, so that everything else in the repository is replaced.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    index: dict[str, Any]
+    blocks: tuple[int, ...]
+    whole: bool
+
+    @property
+    def weight_files(self) -> list[str]:
+        """Names of the weight files to be sent, what the blocks share among them."""
+        return [SHARED_NAME, *(block_file(b) for b in self.blocks)]
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a weight file."""
+        return self.index["metadata"].get("sha256", {}).get(name) or serialization.sha256(self.directory / name)
+
+    def companions(self) -> Iterator[tuple[str, Path]]:
+        """Names and paths of the files beside weights, config, index and card."""
+        own = {*self.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME}
+        for path in sorted(self.directory.rglob("*")):
+            pieces = path.relative_to(self.directory).parts
+            hidden = any(piece.startswith(".") for piece in pieces)
+            if path.is_file() and not path.is_symlink() and not hidden and "/".join(pieces) not in own:
+                yield "/".join(pieces), path
+
+
+@dataclass(frozen=True)
+class RemoteModel:
+    """What a repository holds at one commit. ``texts`` are those of the config, the index and the card."""
+
+    commit: str | None = None
+    digests: dict[str, str | None] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def config(self) -> dict[str, Any] | None:
+        """The config, None if the repository holds no model."""
+        return json.loads(self.texts["config.json"]) if "config.json" in self.texts else None
+
+
+def read_local(directory: Path, blocks: Sequence[int] | None = None) -> LocalModel:
+    """Read a saved model and check the files of the blocks that are to be sent.
+
+    Raises:
+        ValueError: if there is no model, a block is not in it, or a file is broken.
+    """
+    for name in ("config.json", INDEX_NAME):
+        if not (directory / name).is_file():
+            raise ValueError(f"{directory} holds no saved model: it has no {name}.")
+    config = serialization.read_json(directory / "config.json")
+    index = serialization.read_index(directory / INDEX_NAME)
+    held = sorted(b for b in range(config.get("num_blocks") or 0) if block_file(b) in index["weight_map"].values())
+    chosen = held if blocks is None else sorted(set(blocks))
+    absent = [b for b in chosen if b not in held]
+    if absent or not chosen:
+        raise ValueError(f"{directory} holds blocks {held}; there are no blocks {absent} to send.")
+    local = LocalModel(directory, config, index, tuple(chosen), blocks is None and len(held) == config["num_blocks"])
+    for name in local.weight_files:
+        if name != SHARED_NAME or (directory / name).is_file() or name in index["weight_map"].values():
+            serialization.verify_file(directory / name, index)
+    return local
+
+
+def read_remote(api: HfApi, repo_id: str, revision: str | None) -> RemoteModel:
+    """What a repository holds; nothing if it does not exist."""
+    try:
+        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+    except RepositoryNotFoundError:
+        return RemoteModel()
+    digests = {s.rfilename: s.lfs.sha256 if s.lfs is not None else None for s in info.siblings or []}
+    texts = {}
+    with tempfile.TemporaryDirectory(prefix="diffusionblocks-") as cache:
+        for name in ("config.json", INDEX_NAME, CARD_NAME):
+            if name in digests:
+                path = Path(api.hf_hub_download(repo_id, name, revision=info.sha, cache_dir=cache))
+                if name == INDEX_NAME:
+                    serialization.read_index(path)
+                elif name == "config.json":
+                    serialization.read_json(path)
+                texts[name] = path.read_text(encoding="utf-8")
+    return RemoteModel(info.sha, digests, texts)
+
+
+def compose(local: LocalModel, remote: RemoteModel, repo_id: str) -> dict[str, bytes | Path | None]:
+    """The files that a commit on top of ``remote`` has to touch: their content or path, or None to remove them.
+
+    Raises:
+        ValueError: if the repository holds another model, or other shared parts.
+    """
+    their_config = remote.config
+    joins = not local.whole and their_config is not None
+    if joins:
+        difference = first_difference(their_config, local.config, SAME_MODEL)
+        if difference is not None:
+            name, theirs, ours = difference
+            raise ValueError(
+                f"{repo_id} holds another model: its {name} is {theirs!r}, this one's {ours!r}. "
+                "Push these blocks to a repository of their own."
+            )
+    index = _merged_index(local, remote if joins else RemoteModel())
+    shared_there = joins and SHARED_NAME in remote.digests
+    if shared_there and (local.directory / SHARED_NAME).is_file():
+        theirs = remote.digests[SHARED_NAME] or _recorded(remote, SHARED_NAME)
+        if theirs != local.digest(SHARED_NAME):
+            raise ValueError(
+                f"what the blocks share differs: {SHARED_NAME} of {repo_id} is not that of {local.directory}. Blocks "
+                "of one model need the same shared parts: start all jobs from the same base or seed."
+            )
+    files: dict[str, bytes | Path | None] = {}
+    for name in local.weight_files:
+        path = local.directory / name
+        if not path.is_file() or (name == SHARED_NAME and shared_there):
+            continue
+        if name not in remote.digests or remote.digests[name] != local.digest(name):
+            files[name] = path
+    config = dict(their_config if joins else local.config)
+    if "trained_blocks" in config:
+        done = [*(config["trained_blocks"] or []), *(local.config.get("trained_blocks") or [])]
+        config["trained_blocks"] = sorted(set(done))
+    if not joins:
+        files |= dict(local.companions())
+        if local.whole:  # a former model's blocks
+            keep = {*index["weight_map"].values(), SHARED_NAME}
+            files |= {n: None for n in remote.digests if _WEIGHT_FILE.fullmatch(n) and n not in keep}
+    card = local.directory / CARD_NAME
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    old = remote.texts.get(CARD_NAME)
+    text = complete_card((old or text) if joins else (text or old), config, index)
+    for name, content in (
+        ("config.json", _json(config)),
+        (INDEX_NAME, _json(index)),
+        (CARD_NAME, text),
+    ):
+        before = remote.texts.get(name)
+        unchanged = before == content or (
+            name.endswith(".json") and before is not None and json.loads(before) == json.loads(content)
+        )
+        if not unchanged:
+            files[name] = content.encode()
+    return files
+
+
+def push_directory(
+    directory: str | Path,
+    repo_id: str,
+    *,
+    blocks: Sequence[int] | None = None,
+    revision: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str | None = None,
+    commit_description: str | None = None,
+    create_pr: bool = False,
+    dry_run: bool = False,
+) -> Push:
+    """Send a saved model, or some of its blocks, to the Hub as one commit.
+
+    A push of some blocks touches their files, the index and the card only; on the first one, and where the config's
+    list of trained blocks grows, the config too. A push that meets another one is made again on top of it.
+
+    Args:
+        directory: of a saved model.
+        repo_id: ``user/model``; made if it does not exist.
+        blocks: to send; all that the directory holds by default. If these are all blocks of the model, the repository
+            then holds this model and no other block files.
+        revision: a branch; made if it does not exist.
+        private: whether a new repository is private.
+        token: as in ``huggingface_hub``; by default the one of ``hf auth login``. Never logged or written.
+        commit_message: one is made up by default.
+        commit_description: of the commit.
+        create_pr: open a pull request instead.
+        dry_run: send nothing, make nothing.
+
+    Returns:
+        What was sent, or would be.
+
+    Raises:
+        ValueError: if the repository holds another model, or the directory none.
+        OSError: if the Hub cannot be reached or refuses; what was sent so far is used when the push is repeated.
+    """
+    local = read_local(Path(directory), blocks)
+    if commit_message is None:
+        numbers = ", ".join(map(str, local.blocks))
+        commit_message = f"Model of {len(local.blocks)} blocks" if local.whole else f"Blocks {numbers}"
+    api = HfApi(token=token, library_name=LIBRARY_NAME)
+    retries = Retries()
+    with in_one_line(f"push to {repo_id}", token):
+        if not dry_run:
+            repo_id = retries.call(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not revision.startswith("refs/"):
+                retries.call(api.create_branch, repo_id, branch=revision, exist_ok=True)
+        while True:
+            remote = retries.call(read_remote, api, repo_id, revision)
+            files = compose(local, remote, repo_id)
+            push = Push(repo_id, revision, remote.commit, tuple(_sent(n, c, remote) for n, c in sorted(files.items())))
+            if dry_run or not files:
+                return push
+            try:
+                info = api.create_commit(
+                    repo_id,
+                    [_operation(name, content) for name, content in sorted(files.items())],
+                    commit_message=commit_message,
+                    commit_description=commit_description,
+                    revision=revision,
+                    create_pr=create_pr,
+                    parent_commit=remote.commit,
+                )
+            except Exception as error:
+                retries.pause(error)  # raises it again if trying again is of no use
+            else:
+                return replace(push, commit=info.oid, url=info.pr_url or info.commit_url)
+
+
+# -- pieces -------------------------------------------------------------------------------------------------------
+
+
+def _recorded(remote: RemoteModel, name: str) -> str | None:
+    """The SHA-256 that a repository's index gives for a file."""
+    if INDEX_NAME not in remote.texts:
+        return None
+    return json.loads(remote.texts[INDEX_NAME])["metadata"].get("sha256", {}).get(name)
+
+
+def _merged_index(local: LocalModel, remote: RemoteModel) -> dict[str, Any]:
+    """The local entries of what is sent, and the remote ones of the other files that are there."""
+    ours = set(local.weight_files)
+    theirs = json.loads(remote.texts[INDEX_NAME]) if INDEX_NAME in remote.texts else {"weight_map": {}, "metadata": {}}
+    kept = {name for name in remote.digests if _WEIGHT_FILE.fullmatch(name)} - ours
+    index: dict[str, Any] = {"metadata": {}, "weight_map": {}}
+    for source, names in ((theirs, kept), (local.index, ours)):
+        index["weight_map"] |= {k: f for k, f in source["weight_map"].items() if f in names}
+        for kind in ("sha256", "bytes"):
+            values = source["metadata"].get(kind, {})
+            index["metadata"].setdefault(kind, {}).update({f: v for f, v in values.items() if f in names})
+    index["metadata"]["total_size"] = sum(index["metadata"]["bytes"].values())
+    return index
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+
+
+def _operation(name: str, content: bytes | Path | None) -> CommitOperationAdd | CommitOperationDelete:
+    return CommitOperationDelete(name) if content is None else CommitOperationAdd(name, content)
+
+
+def _sent(name: str, content: bytes | Path | None, remote: RemoteModel) -> SentFile:
+    if content is None:
+        return SentFile(name, 0, "remove")
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    return SentFile(name, size, "change" if name in remote.digests else "add")
