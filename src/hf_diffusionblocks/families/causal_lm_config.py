@@ -1,5 +1,6 @@
 """Config of blocked causal language models."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,14 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        self.trained_blocks = sorted(set(self.trained_blocks or []))
+        trained = self.trained_blocks or []
+        if not isinstance(trained, (list, tuple)) or any(
+            isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < self.num_blocks for b in trained
+        ):
+            raise ValueError(
+                f"trained_blocks={reprlib.repr(trained)} must list blocks between 0 and {self.num_blocks - 1}."
+            )
+        self.trained_blocks = sorted(set(trained))
         base = self.make_base_config()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self, name, None) is None:
