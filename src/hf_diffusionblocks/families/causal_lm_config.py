@@ -82,12 +82,11 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         trained = self.trained_blocks or []
-        if not isinstance(trained, (list, tuple)) or any(
-            isinstance(b, bool) or not isinstance(b, int) or not 0 <= b < self.num_blocks for b in trained
-        ):
-            raise ValueError(
-                f"trained_blocks={reprlib.repr(trained)} must list blocks between 0 and {self.num_blocks - 1}."
-            )
+        whole = isinstance(trained, (list, tuple)) and all(
+            isinstance(b, int) and not isinstance(b, bool) and b >= 0 for b in trained
+        )
+        if not whole:
+            raise ValueError(f"trained_blocks={reprlib.repr(trained)} must list numbers of blocks, such as [0, 1].")
         self.trained_blocks = sorted(set(trained))
         base = self.make_base_config()
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -217,7 +217,7 @@ def usage_lines(model_dir: Path, prompt: str) -> list[str]:
     return [
         "import hf_diffusionblocks",
         "from transformers import pipeline",
-        f"print(pipeline('text-generation', {str(model_dir)!r})({prompt!r}, max_new_tokens=100)[0]['generated_text'])",
+        f"print(pipeline('text-generation', {str(model_dir)!r})({prompt!r}, max_new_tokens=50)[0]['generated_text'])",
     ]
 
 
