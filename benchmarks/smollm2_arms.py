@@ -168,3 +168,30 @@ for _lr in (3e-4, 1e-3):
             config={"readout": _readout, "context": "independent", "layers_per_block": [10, 10, 10]},
             training={"train_shared": "none", "distillation_weight": _weight},
         )
+# Blocks in turn, each with moments of its own that rest while the others train; the gradient is the whole network's.
+for _lr in (5e-5, 1e-4, 2e-4):
+    for _visit in (1, 10):
+        ARMS[f"exact, in turn, {_visit} per visit, B=3, lr {_lr:.0e}"] = _blocked(
+            "simultaneous",
+            _lr,
+            training={"gradient": "exact", "block_order": "round_robin", "steps_per_visit": _visit},
+            curve=3 * UPDATES // 2,
+        )
+# Four times as many updates on four times as many rows: where a low rank may not be enough.
+_LONG = {"updates": 4 * UPDATES, "curve": 2 * UPDATES}
+ARMS |= {f"full, 160 updates, lr {lr:.0e}": _full(lr, **_LONG) for lr in (5e-5, 1e-4)}
+ARMS |= {
+    f"LoRA, r={r}, 160 updates, lr {lr:.0e}": Arm(lr=lr, rival={"name": "lora", "rank": r}, **_LONG)
+    for r in (16, 64)
+    for lr in (1e-3, 2e-3)
+}
+ARMS |= {
+    f"exact, in turn, 1 per visit, B=3, 160 updates, lr {lr:.0e}": _blocked(
+        "simultaneous",
+        lr,
+        training={"gradient": "exact", "block_order": "round_robin", "steps_per_visit": 1},
+        updates=4 * UPDATES,
+        curve=6 * UPDATES,
+    )
+    for lr in (5e-5, 1e-4)
+}

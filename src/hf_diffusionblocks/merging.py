@@ -5,10 +5,11 @@ process that trained all blocks with the same seed would have saved: a block's i
 follow from the seed and the block's number alone.
 """
 
+import contextlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ from .agreement import first_difference
 from .configuration import DiffusionBlocksConfig
 from .serialization import INDEX_NAME, SHARED_NAME, block_file
 from .weight_headers import check_shapes, payload_bytes
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 CARD_NAME = "README.md"
 _POLL_SECONDS = 2.0
@@ -131,6 +137,38 @@ def merge_blocks(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return target
+
+
+def merge_run(output_dir: Path, say: Say = lambda line: None) -> Path | None:
+    """Merge what the processes of a run have saved, in ``model`` beside them, if all blocks are there.
+
+    Every process calls it when it has saved its own; one at a time, so that the last one finds all of them.
+
+    Returns:
+        The merged model's directory; None if blocks are missing, which ``say`` gets to know.
+    """
+    jobs = [path for path in sorted(output_dir.glob("blocks-[0-9]*")) if path.is_dir()]
+    target = output_dir / "model"
+    staging = output_dir / ".model.merged"
+    with _locked(output_dir / ".merge.lock"):
+        shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+        try:
+            merge_blocks(jobs, staging)
+        except BlocksMissingError as error:
+            say(f"not merged yet: {error} The last job to end merges them; or: diffusionblocks merge.")
+            return None
+        serialization.remove_tree(target)
+        os.replace(staging, target)
+    return target
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time. The lock ends with the process that has it."""
+    with open(path, "w") as file:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # -- reading ------------------------------------------------------------------------------------------------------

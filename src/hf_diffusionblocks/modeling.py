@@ -89,6 +89,10 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         """The raw network F of a block on the scaled input, in the shape of the input."""
         raise TypeError(f"{type(self).__name__} must define run_block().")
 
+    def layer_modules(self, block: int) -> Iterator[nn.Module]:
+        """The modules that hold most of a block's weights, each called as a whole: what FSDP2 shards."""
+        raise TypeError(f"{type(self).__name__} must define layer_modules().")
+
     def dummy_batch(self, batch_size: int, **settings: Any) -> dict[str, Tensor]:
         """A batch of the right shapes and dtypes for the objective, to count memory with; the values mean nothing."""
         raise TypeError(f"{type(self).__name__} must define dummy_batch().")

@@ -22,7 +22,7 @@ Two contexts: ``independent`` (the paper's: each block reads the clean token emb
 import copy
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -569,6 +569,12 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         self.check_tokens(batch["input_ids"], batch.get("attention_mask"), **also)
         if batch["input_ids"].shape[1] < 2:
             raise ValueError("the rows have one token: two are needed, one to read and one to predict.")
+
+    def layer_modules(self, block: int) -> Iterator[nn.Module]:
+        part = self.block(block)
+        for decoder in (part.model, part.auxiliary):
+            for layer in decoder.layers if decoder is not None else ():
+                yield from (layer.self_attn, layer.mlp)  # two streams never call a layer as a whole
 
     def dummy_batch(self, batch_size: int, tokens: int | None = None) -> dict[str, Tensor]:
         tokens = tokens or min(256, self.config.max_position_embeddings)

@@ -9,7 +9,7 @@ and the head embed the label for themselves and would each drop it independently
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -175,6 +175,9 @@ class BlockedDiTModel(BlockedPreTrainedModel):
     def run_block(self, block: int, scaled: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
         output = self.block(block)(scaled, timestep=c_noise, class_labels=class_labels).sample
         return output[:, : self.config.in_channels]  # a learned variance is not part of the denoiser
+
+    def layer_modules(self, block: int) -> Iterator[nn.Module]:
+        yield from self.block(block).transformer_blocks
 
     def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:
         size = self.config.sample_size

@@ -9,7 +9,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from .. import serialization
+from ..merging import merge_run
 from ..streaming import stream_blocks
+from ..training import DiffusionBlocksTrainer
+from ..training.run_files import UPDATES_NAME, find_jobs
 
 MODEL_DIR = "model"
 FIGURES_DIR = "figures"
@@ -27,6 +31,27 @@ def pick_device() -> torch.device:
 def loading(block_streaming: str | None) -> contextlib.AbstractContextManager:
     """A context in which saved models are loaded whole; or block by block, which then rest in ``host`` or ``disk``."""
     return contextlib.nullcontext() if block_streaming is None else stream_blocks(block_streaming, device=pick_device())
+
+
+def trainer_says(trainer: DiffusionBlocksTrainer, say: Say) -> Say:
+    """What a process of a run prints: a group's leader speaks, and says for which blocks if there are other groups."""
+    if not trainer.group.is_leader:
+        return lambda line: None
+    if not trainer.is_job:
+        return say
+    named = f"[{trainer.output_dir.name}] "
+    return lambda line: say("\n".join(named + part for part in line.split("\n")))
+
+
+def merge_jobs(output: Path, say: Say) -> Path | None:
+    """The merged model of a run whose processes own different blocks, if this was the last one; with their logs."""
+    merged = merge_run(output, say)
+    if merged is not None:
+        say(f"all blocks are trained; merged in {merged}")
+        logs = [path for job in find_jobs(output) if (path := job / UPDATES_NAME).is_file()]
+        text = "".join(path.read_text(encoding="utf-8") for path in logs)
+        serialization.atomic_write(output / UPDATES_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+    return merged
 
 
 def check_model_path(name: str) -> None:

@@ -18,8 +18,20 @@ from ..pipelines import BlockedDiTPipeline, decode_latents
 from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
+from ..training.parallel import my_blocks
 from ..training.residency import construction
-from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, loading, new_directory, pick_device
+from .common import (
+    FIGURES_DIR,
+    FIGURES_NAME,
+    MODEL_DIR,
+    RECIPE_NAME,
+    Say,
+    loading,
+    merge_jobs,
+    new_directory,
+    pick_device,
+    trainer_says,
+)
 
 _LATENTS = "latents"  # where the recipes of latent models expect them
 
@@ -85,9 +97,11 @@ def build_trainer(
 ) -> DiffusionBlocksTrainer:
     """The trainer of a recipe. The model's initial weights follow from the training seed."""
     args = recipe.training_arguments()
+    args.blocks = blocks
+    held = my_blocks(recipe.config(), args)
     with torch.random.fork_rng(devices=[]), construction(args):
         torch.manual_seed(args.seed)
-        model = recipe.build_model(blocks)
+        model = recipe.build_model(held)
     check_classes(train, model)
     if train.class_names and len(train.class_names) == model.config.num_classes:
         model.config.id2label = dict(enumerate(train.class_names))
@@ -160,20 +174,34 @@ def train(
             )
         )
     trainer = build_trainer(recipe, train_data, test_data, blocks=blocks, callbacks=callbacks)
+    say = trainer_says(trainer, say)
     output.mkdir(parents=True, exist_ok=True)
-    resumed = resume and bool(find_checkpoints(output))
-    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {output}")
+    resumed = resume and bool(find_checkpoints(trainer.output_dir))
+    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {trainer.output_dir}")
     say(format_block_parameters(trainer.model))
-    serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
+    if trainer.group.is_leader:
+        serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
     summary = trainer.train(resume_from_checkpoint=resume)
     seconds = summary["training_seconds"]
-    model_dir = trainer.save_model(output / MODEL_DIR)
+    model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
+    if not trainer.group.is_leader:
+        return model_dir
     BlockedDiTPipeline(trainer.model, vae=vae).save_components(model_dir)
     _write_card(trainer.model, recipe, model_dir, {"training_seconds": seconds})
     say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
-    if report and blocks is None:
+    reported = (trainer.model, recipe, train_data, test_data, output, summary, vae, say)
+    if trainer.is_job:
+        merged = merge_jobs(output, say)
+        if merged is None:
+            return model_dir
+        model_dir, model = merged, BlockedDiTModel.from_pretrained(merged).to(trainer.model.device)
+        if report:
+            write_report(model, *reported[1:])
+    elif report and blocks is None and not trainer.group.sharded:
         with trainer.averaged_weights():
-            write_report(trainer.model, recipe, train_data, test_data, output, summary, vae, say)
+            write_report(*reported)
+    elif report and blocks is None:
+        write_report(BlockedDiTModel.from_pretrained(model_dir).to(trainer.model.device), *reported[1:])
     return model_dir
 
 

@@ -20,7 +20,7 @@ from ..modeling import format_block_parameters
 from ..recipes import Recipe
 from ..training.checkpoint import find_checkpoints
 from .advice import advice, advice_values, small_model
-from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, new_directory
+from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, merge_jobs, new_directory, trainer_says
 from .text_pieces import (
     build_trainer,
     load_data,
@@ -118,24 +118,39 @@ def train(
     recipe = resolve_method(recipe, recipe.model.get("vocab_size") or tokenizer_size(tokenizer), len(train_data))
     output = Path(recipe.training_arguments().output_dir)
     trainer = build_trainer(recipe, train_data, test_data, tokenizer, blocks=blocks, lower=lower)
+    say = trainer_says(trainer, say)
     output.mkdir(parents=True, exist_ok=True)
-    resumed = resume and bool(find_checkpoints(output))
-    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {output}")
+    resumed = resume and bool(find_checkpoints(trainer.output_dir))
+    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {trainer.output_dir}")
     rows = f"{len(train_data)} rows of {recipe.data.block_length} tokens"
     say(f"text: {rows}, vocabulary {trainer.model.config.vocab_size}; held out: {len(test_data)} rows")
     for line in (format_block_parameters(trainer.model), *_parts(trainer.model)):
         say(line)
-    serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
+    if trainer.group.is_leader:
+        serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
     summary = trainer.train(resume_from_checkpoint=resume)
-    model_dir = trainer.save_model(output / MODEL_DIR)
+    model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
+    if not trainer.group.is_leader:
+        return model_dir
     save_tokenizer(tokenizer, model_dir)
     seconds = summary["training_seconds"]
     _write_card(trainer.model, recipe, model_dir, {"training_seconds": seconds})
     say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
     whole = len(trainer.model.resident_blocks) == trainer.model.partition.num_blocks
-    if report and whole and (blocks is None or lower is not None):
-        with trainer.averaged_weights():
-            write_report(trainer.model, tokenizer, recipe, test_data, output, summary, say)
+    reported = (tokenizer, recipe, test_data, output, summary, say)
+    if trainer.is_job:
+        merged = merge_jobs(output, say)
+        if merged is None:
+            return model_dir
+        model_dir, model = merged, BlockedForCausalLM.from_pretrained(merged).to(trainer.model.device)
+        if report:
+            write_report(model.eval(), *reported)
+    elif report and whole and (blocks is None or lower is not None):
+        if trainer.group.sharded:
+            write_report(BlockedForCausalLM.from_pretrained(model_dir).to(trainer.model.device).eval(), *reported)
+        else:
+            with trainer.averaged_weights():
+                write_report(trainer.model, *reported)
     return model_dir
 
 

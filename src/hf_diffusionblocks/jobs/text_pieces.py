@@ -17,6 +17,7 @@ from ..recipes import Recipe
 from ..recipes.families import BYTES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
+from ..training.parallel import my_blocks
 from ..training.residency import construction
 from .common import loading, pick_device
 
@@ -146,6 +147,8 @@ def build_trainer(
         args.blocks = sorted(set(blocks))
         if cascade and (lower is not None or config.pretrained):
             held = list(range(max(blocks) + 1))
+    if not cascade:
+        held = my_blocks(config, args)
     with torch.random.fork_rng(devices=[]), construction(args):
         torch.manual_seed(args.seed)
         model = recipe.build_model(held, tokenizer)

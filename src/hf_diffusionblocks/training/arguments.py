@@ -16,6 +16,7 @@ LOWER_OUTPUTS = ("recompute", "disk")
 TRAIN_SHARED = ("first", "all", "none")
 RESIDENCIES = ("device", "host", "disk")
 GRADIENTS = ("local", "exact")
+PARALLELISMS = ("blocks", "data")
 BLOCK_ORDERS = ("random", "round_robin", "sequential")
 MIXED_PRECISIONS = ("no", "bf16")
 # Those of transformers that depend on the number of updates alone, not on a measured loss.
@@ -71,6 +72,13 @@ class DiffusionBlocksTrainingArguments:
         metadata={
             "help": f"{' or '.join(GRADIENTS)}: of the block's own loss; or of the last block's, through the blocks "
             "above, which run again one at a time (clean cascades; an update costs about an end-to-end one)"
+        },
+    )
+    parallelism: str | None = field(
+        default=None,
+        metadata={
+            "help": f"several processes: {' or '.join(PARALLELISMS)}: each trains blocks of its own, or all train the "
+            "same block, each on its part of the samples; default: blocks where they are independent, else data"
         },
     )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "samples per forward pass"})
@@ -153,6 +161,7 @@ class DiffusionBlocksTrainingArguments:
             ("block_order", BLOCK_ORDERS),
             ("residency", RESIDENCIES),
             ("gradient", GRADIENTS),
+            ("parallelism", (None, *PARALLELISMS)),
             ("mixed_precision", MIXED_PRECISIONS),
             ("lr_scheduler_type", LR_SCHEDULES),
         ):
@@ -178,11 +187,11 @@ class DiffusionBlocksTrainingArguments:
             scheduler_specific_kwargs=self.lr_scheduler_kwargs,
         )
 
-    def updates_per_block(self, num_samples: int) -> int:
-        """K, the number of updates that each block gets on a data set of so many samples."""
+    def updates_per_block(self, num_samples: int, num_processes: int = 1) -> int:
+        """K, the number of updates that each block gets on a data set of so many samples, by so many processes."""
         if self.max_steps > 0:
             return self.max_steps
-        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        per_update = self.per_device_train_batch_size * self.gradient_accumulation_steps * num_processes
         return max(1, math.ceil(self.num_train_epochs * num_samples / per_update))
 
     def to_dict(self) -> dict[str, Any]:

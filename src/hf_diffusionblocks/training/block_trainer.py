@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..modeling import BlockedPreTrainedModel
 from ..objectives import ObjectiveResult
 from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import batches, derive_seed, reader_of
+from .parallel import Group, as_sharded, clip_gradients, total_norm, whole
 
 Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
 
@@ -36,8 +38,9 @@ def _frozen(parameters: list[Tensor]) -> Iterator[None]:
 class BlockTrainer:
     """One block's optimizer, schedule, moving average and random stream.
 
-    Everything random in update u of block b follows from (seed, b, u), so a run can stop and go on anywhere, and a job
-    that trains block b alone draws what one process that trains all blocks draws.
+    Everything random in part p (a forward pass, of one process or of several) of update u of block b follows from
+    (seed, b, u, p), so a run can stop and go on anywhere, and a job that trains block b alone draws what one process
+    that trains all blocks draws.
     """
 
     def __init__(
@@ -50,7 +53,9 @@ class BlockTrainer:
         accelerator: Accelerator,
         num_updates: int,
         shared: bool = False,
+        group: Group | None = None,
     ):
+        self.group = group or Group([block])
         self.model, self.block, self.objective = model, block, objective
         self.dataset, self.args, self.accelerator = dataset, args, accelerator
         named = [(n, p) for n, p in model.block_parameters(block) if p.requires_grad]
@@ -62,10 +67,9 @@ class BlockTrainer:
         self.parameters = [parameter for _, parameter in named]
         own = set(self.names)
         self._foreign = [p for n, p in model.shared_parameters() if n not in own and p.requires_grad]
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
+        self._finish_gradients = self.group.average_gradients(self.parameters)
         self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            parameter_groups(self.parameters, args.weight_decay),
             lr=args.learning_rate,
             betas=(args.adam_beta1, args.adam_beta2),
             eps=args.adam_epsilon,
@@ -89,14 +93,14 @@ class BlockTrainer:
             use_ema_warmup=True,
             inv_gamma=self.args.ema_inv_gamma,
             power=self.args.ema_power,
-            foreach=True,
+            foreach=not self.group.sharded,
         )
 
     def _describe(self, batch: dict[str, Tensor], wrong: Tensor, part: int) -> str:
         """What is wrong with which rows of the data set; ``part`` of the update's forward passes met them."""
         args, (dataset, order) = self.args, reader_of(self.dataset, self.args.seed, self.block)
         size = args.per_device_train_batch_size
-        start = (self.updates * args.gradient_accumulation_steps + part) * size
+        start = (self.updates * self._parts + self._part(part)) * size
         rows = [order.indices(start, size)[i] for i in wrong.nonzero().flatten().tolist()]
         named = ", ".join(map(str, rows[:8])) + (", ..." if len(rows) > 8 else "")
         values = [n for n, v in batch.items() if v.is_floating_point() and not bool(torch.isfinite(v[wrong]).all())]
@@ -110,45 +114,54 @@ class BlockTrainer:
         args = self.args
         if self._batches is None:
             dataset, order = reader_of(self.dataset, args.seed, self.block)
-            per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
+            size = args.per_device_train_batch_size
             self._batches = batches(
                 dataset,
                 order,
-                self.updates * per_update,
-                args.per_device_train_batch_size,
+                (self.updates * self._parts + self._part(0)) * size,
+                size,
                 args.dataloader_num_workers,
                 pin_memory=self.accelerator.device.type == "cuda",
+                stride=self.group.size * size,
             )
         batch = next(self._batches)
         wrong = self.model.wrong_rows(batch)
-        if bool(wrong.any()):
+        bad = bool(wrong.any())
+        if self.group.any(bad)[0]:
             self.optimizer.zero_grad(set_to_none=True)
-            raise BadSampleError(self._describe(batch, wrong, part))
+            raise BadSampleError(self._describe(batch, wrong, part) if bad else "another process met bad samples.")
         return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
 
     def step(self) -> dict[str, Tensor | float | int]:
         """One update of the block. Returns tensors for the log, not yet synchronised with the device."""
-        args, accelerator = self.args, self.accelerator
-        seed = derive_seed(args.seed, "update", self.block, self.updates)
-        generator = torch.Generator().manual_seed(seed)
+        args, accelerator, group = self.args, self.accelerator, self.group
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        total, parts, sigmas = None, {}, []
+        total, parts, sigmas, count = None, {}, [], args.gradient_accumulation_steps
         with torch.random.fork_rng(devices=devices), _frozen(self._foreign):
-            torch.manual_seed(seed)  # dropout inside the layers
-            for part in range(args.gradient_accumulation_steps):
+            for part in range(count):
+                place = self._part(part)
+                seed = derive_seed(args.seed, "update", self.block, self.updates, *([place] if place else []))
+                generator = torch.Generator().manual_seed(seed)
+                torch.manual_seed(seed)  # dropout inside the layers
                 batch = self._next_batch(part)
+                if group.size > 1:
+                    group.set_accumulating(self.model, self.block, part < count - 1)
                 with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=args.mixed_precision == "bf16"):
                     result = self.objective(self.model, self.block, batch, generator)
-                accelerator.backward(result.loss / args.gradient_accumulation_steps)
-                share = result.loss.detach() / args.gradient_accumulation_steps
+                accelerator.backward(result.loss / count)
+                share = result.loss.detach() / count
                 total = share if total is None else total + share
                 sigmas.append(result.sigma)
                 for name, value in result.parts.items():
-                    parts[name] = parts.get(name, 0) + value / args.gradient_accumulation_steps
+                    parts[name] = parts.get(name, 0) + value / count
+        self._finish_gradients()
+        if group.size > 1:
+            total = group.mean_(total.clone())
+            parts = {name: group.mean_(torch.as_tensor(value).clone()) for name, value in sorted(parts.items())}
         if args.max_grad_norm > 0:
-            grad_norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
+            grad_norm = clip_gradients(self.parameters, args.max_grad_norm)
         else:
-            grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            grad_norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         lr = self.lr_scheduler.get_last_lr()[0]
         self.optimizer.step()
         self.lr_scheduler.step()
@@ -166,11 +179,20 @@ class BlockTrainer:
             **parts,
         }
 
+    @property
+    def _parts(self) -> int:
+        """Forward passes of an update, of all processes that train the block."""
+        return self.args.gradient_accumulation_steps * self.group.size
+
+    def _part(self, part: int) -> int:
+        """The place of this process's forward pass among those of an update."""
+        return part * self.group.size + self.group.rank
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Any]:
-        """The optimizer's state, as ``torch.optim`` gives it."""
-        return self.optimizer.state_dict()
+        """The optimizer's state, as ``torch.optim`` gives it; what is sharded as whole tensors."""
+        return whole(self.optimizer.state_dict())
 
     def scalars(self) -> dict[str, Any]:
         """Counters and the schedule's state, JSON-ready."""
@@ -183,10 +205,14 @@ class BlockTrainer:
 
     def ema_tensors(self) -> dict[str, Tensor]:
         """The averaged weights under their names in the model's state dict; empty without an average."""
-        return dict(zip(self.names, self.ema.shadow_params, strict=True)) if self.ema is not None else {}
+        return whole(dict(zip(self.names, self.ema.shadow_params, strict=True))) if self.ema is not None else {}
 
     def load(self, optimizer: dict[str, Any], scalars: dict[str, Any], ema: dict[str, Tensor]) -> None:
         """Take over a saved state; the weights are loaded by the caller."""
+        if self.group.sharded:
+            ordered = [p for values in self.optimizer.param_groups for p in values["params"]]
+            for i, state in optimizer["state"].items():
+                optimizer["state"][i] = {k: as_sharded(v, ordered[i]) for k, v in state.items()}
         self.optimizer.load_state_dict(optimizer)
         self.lr_scheduler.load_state_dict(self.lr_scheduler.state_dict() | scalars["lr_scheduler"])
         self.updates = scalars["updates"]
@@ -194,4 +220,15 @@ class BlockTrainer:
         if self.ema is not None:
             self.ema.optimization_step = scalars["ema_step"]
             for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
-                shadow.copy_(ema[name])
+                shadow.copy_(as_sharded(ema[name], shadow))
+
+
+def parameter_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Weight matrices decay, biases and norms do not; sharded tensors are apart, as kernels do not mix them."""
+    groups = []
+    for sharded in (False, True):
+        mine = [p for p in parameters if isinstance(p, DTensor) is sharded]
+        if mine or not sharded:
+            groups.append({"params": [p for p in mine if p.ndim > 1], "weight_decay": weight_decay})
+            groups.append({"params": [p for p in mine if p.ndim <= 1], "weight_decay": 0.0})
+    return groups

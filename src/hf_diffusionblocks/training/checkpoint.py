@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import serialization
 from ..modeling import BlockedPreTrainedModel
 from ..serialization import remove_tree
 from .block_trainer import BlockTrainer
+from .parallel import Group, as_sharded
 from .residency import Residency
 
 STATE_NAME = "trainer_state.json"
@@ -52,28 +54,65 @@ def write_checkpoint(
     identity: dict[str, Any],
     keep: int | None,
     residency: Residency | None = None,
+    group: Group | None = None,
 ) -> Path:
     """Write a checkpoint, block by block, then remove the oldest beyond ``keep``.
+
+    All processes of a group call it, and its leader writes. What is sharded is gathered first.
 
     Raises:
         OSError: if it cannot be written (a full disk, say); earlier checkpoints stay.
     """
+    group = group or Group(list(trainers))
     target = output_dir / f"checkpoint-{iteration}"
+    weights = group.gathered(model)
+    states = {b: (t.ema_tensors(), t.tensors()) for b, t in trainers.items()} if group.sharded else {}
+    failure = None
+    if group.is_leader:
+        try:
+            _write(output_dir, target, iteration, model, trainers, identity, residency, weights, states)
+        except OSError as error:
+            failure = error
+    failed = group.any(failure is not None)[0]
+    if failure is not None:
+        raise failure
+    if failed:
+        raise OSError(f"cannot write {target}: the process that writes it has said why.")
+    if keep is not None and group.is_leader:
+        for old in find_checkpoints(output_dir)[:-keep]:
+            remove_tree(old)
+    return target
+
+
+def _write(
+    output_dir: Path,
+    target: Path,
+    iteration: int,
+    model: BlockedPreTrainedModel,
+    trainers: dict[int, BlockTrainer],
+    identity: dict[str, Any],
+    residency: Residency | None,
+    weights: dict[str, Tensor] | None,
+    states: dict[int, tuple[dict[str, Tensor], dict[str, Any]]],
+) -> None:
+    """Write a checkpoint; ``weights`` and ``states`` are those of the model and of blocks where they were gathered."""
     staging = output_dir / f".checkpoint-{iteration}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         with contextlib.nullcontext(_nothing) if residency is None else residency.reading() as have:
-            model.save_pretrained(staging)
+            model.save_pretrained(staging, state_dict=weights)
             for block, trainer in trainers.items():
                 have(block)
-                serialization.write_tensors(staging / f"ema-{block:02d}.safetensors", trainer.ema_tensors())
+                ema, optimizer = states.get(block) or (trainer.ema_tensors(), trainer.tensors())
+                serialization.write_tensors(staging / f"ema-{block:02d}.safetensors", ema)
                 path = staging / f"optimizer-{block:02d}.pt"
                 with open(path, "wb") as file:
-                    torch.save(trainer.tensors(), file)
+                    torch.save(optimizer, file)
                     file.flush()
                     os.fsync(file.fileno())
+                del ema, optimizer
         files = {p.name: serialization.sha256(p) for p in sorted(staging.iterdir())}
         state = {
             "iteration": iteration,
@@ -90,10 +129,6 @@ def write_checkpoint(
             f"cannot write {target}: {serialization.first_cause(error)}. Earlier checkpoints are untouched; free disk "
             "space and start the same command again to go on from the last one."
         ) from error
-    if keep is not None:
-        for old in find_checkpoints(output_dir)[:-keep]:
-            remove_tree(old)
-    return target
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -192,8 +227,10 @@ def load_checkpoint(
             residency.pin(block)
         weights = serialization.read_tensors(checkpoint / serialization.block_file(block))
         prefix = f"blocks.{block}."
-        model.block(block).load_state_dict({k.removeprefix(prefix): v for k, v in weights.items()})
-        del weights
+        now = model.block(block).state_dict()
+        weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+        model.block(block).load_state_dict({k: as_sharded(v, now.get(k, v)) for k, v in weights.items()})
+        del weights, now
         path = checkpoint / f"optimizer-{block:02d}.pt"
         try:
             optimizer = torch.load(path, map_location=device, weights_only=True, mmap=streamed)

@@ -63,14 +63,14 @@ def reader_of(dataset: Any, seed: int, block: int) -> tuple[Any, SampleOrder]:
 
 
 class _IndexBatches(Sampler):
-    def __init__(self, order: SampleOrder, start: int, batch_size: int):
-        self.order, self.start, self.batch_size = order, start, batch_size
+    def __init__(self, order: SampleOrder, start: int, batch_size: int, stride: int):
+        self.order, self.start, self.batch_size, self.stride = order, start, batch_size, stride
 
     def __iter__(self) -> Iterator[list[int]]:
         position = self.start
         while True:
             yield self.order.indices(position, self.batch_size)
-            position += self.batch_size
+            position += self.stride
 
 
 class _Batched(Dataset):
@@ -120,10 +120,16 @@ def _check_rows(columns: dict[str, Any]) -> None:
 
 
 def batches(
-    dataset: Any, order: SampleOrder, start: int, batch_size: int, num_workers: int, pin_memory: bool
+    dataset: Any,
+    order: SampleOrder,
+    start: int,
+    batch_size: int,
+    num_workers: int,
+    pin_memory: bool,
+    stride: int | None = None,
 ) -> Iterator[dict[str, Tensor]]:
-    """Endless batches from position ``start`` of the order on."""
-    sampler = _IndexBatches(order, start, batch_size)
+    """Endless batches from position ``start`` of the order on, ``stride`` apart; by default one after the other."""
+    sampler = _IndexBatches(order, start, batch_size, stride or batch_size)
     if num_workers == 0:
         for indices in sampler:
             yield fetch(dataset, indices)

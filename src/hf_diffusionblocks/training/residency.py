@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from ..modeling import BlockedPreTrainedModel
 from ..streaming import WEIGHTS, stream_blocks
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_trainer import BlockTrainer
+from .parallel import process_state
 
 MOMENTS, AVERAGES = "moments", "ema"
 
@@ -186,7 +186,7 @@ def construction(args: DiffusionBlocksTrainingArguments) -> contextlib.AbstractC
     """A context in which a model made from a config is made where its blocks will rest, block by block."""
     if args.residency == "device":
         return contextlib.nullcontext()
-    return stream_blocks(args.residency, device=PartialState(cpu=args.cpu).device, folder=_folder(args))
+    return stream_blocks(args.residency, device=process_state(args).device, folder=_folder(args))
 
 
 def _folder(args: DiffusionBlocksTrainingArguments) -> Path:

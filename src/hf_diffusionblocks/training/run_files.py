@@ -10,6 +10,7 @@ from .checkpoint import find_checkpoints
 
 UPDATES_NAME = "updates.jsonl"
 EVALUATIONS_NAME = "evaluations.jsonl"
+_JOB = "blocks-"
 
 
 def flat_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +50,34 @@ def set_aside(output_dir: Path) -> None:
 
 def overwrite_run(output_dir: Path) -> None:
     """Remove a run's files so that it starts anew. Only what a run writes is removed."""
-    for path in [*find_checkpoints(output_dir), output_dir / "model", output_dir / "samples"]:
+    jobs = find_jobs(output_dir)
+    for path in [*find_checkpoints(output_dir), *jobs, output_dir / "model", output_dir / "samples"]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (UPDATES_NAME, EVALUATIONS_NAME):
         (output_dir / name).unlink(missing_ok=True)
+
+
+def job_directory(output_dir: Path, blocks: list[int]) -> Path:
+    """Where a process that owns some of a run's blocks keeps its checkpoints, logs and model."""
+    return output_dir / f"{_JOB}{'-'.join(f'{block:02d}' for block in blocks)}"
+
+
+def find_jobs(output_dir: Path) -> list[Path]:
+    """The directories of the processes of a run."""
+    return sorted(path for path in output_dir.glob(f"{_JOB}[0-9]*") if path.is_dir())
+
+
+def check_other_jobs(output_dir: Path, mine: Path, resume: bool) -> None:
+    """Raise a ``ValueError`` if the same blocks were begun in another division over processes; else clear the way.
+
+    A model that an earlier run left in this job's directory would pass for this run's.
+    """
+    blocks = set(mine.name.removeprefix(_JOB).split("-"))
+    for other in find_jobs(output_dir):
+        if other != mine and blocks & set(other.name.removeprefix(_JOB).split("-")):
+            raise ValueError(
+                f"{other} holds some of the blocks that this process is to train: an earlier run had another number of "
+                "processes. Use as many as it had, another output_dir, or --overwrite to start anew."
+            )
+    if not resume or not find_checkpoints(mine):
+        shutil.rmtree(mine / "model", ignore_errors=True)

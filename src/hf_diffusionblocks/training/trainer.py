@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
 from ..agreement import HISTORY
+from ..merging import merge_run
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
@@ -27,8 +27,17 @@ from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs, mark_trained
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
+from .parallel import Group, make_accelerator
 from .residency import make_residency
-from .run_files import EVALUATIONS_NAME, UPDATES_NAME, flat_values, set_aside, truncate_log
+from .run_files import (
+    EVALUATIONS_NAME,
+    UPDATES_NAME,
+    check_other_jobs,
+    flat_values,
+    job_directory,
+    set_aside,
+    truncate_log,
+)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -74,18 +83,14 @@ class DiffusionBlocksTrainer:
     ):
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         self.output_dir = Path(args.output_dir)
-        self.accelerator = Accelerator(
-            mixed_precision="no",  # Accelerate's is one per process; block_trainer.py has each run's own autocast
-            cpu=args.cpu,
+        self.accelerator = make_accelerator(
+            args,
             log_with=args.report_to or None,
             project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir)),
         )
-        if self.accelerator.num_processes > 1:
-            raise ValueError(
-                f"{self.accelerator.num_processes} processes were launched; this trainer runs in one. "
-                "Train different blocks in separate commands with blocks=[b]."
-            )
         self.model = model
+        several = self.accelerator.num_processes > 1
+        self.group = Group.make(model.config, args, self.accelerator) if several else None
         self.residency = make_residency(model, args, self.accelerator.device)
         if teacher is not None:
             teacher.to(self.accelerator.device)
@@ -100,17 +105,23 @@ class DiffusionBlocksTrainer:
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
         if not self.blocks:
             raise ValueError("blocks=[] trains nothing: name at least one block, or None for all that are loaded.")
+        if self.group is None:
+            self.group = Group(self.blocks)
+        elif list(self.group.blocks) != self.blocks:  # other processes train the others
+            self.blocks = list(self.group.blocks)
+            self.output_dir = job_directory(self.output_dir, self.blocks)
         for block in self.blocks:
             model.check_loaded(block)
         self._check_dataset(train_dataset, "training")
         if eval_dataset is not None:
             self._check_dataset(eval_dataset, "held-out")
-        self.num_updates = args.updates_per_block(len(train_dataset))
+        self.num_updates = args.updates_per_block(len(train_dataset), self.group.size)
         cascade = getattr(model.config, "context", "independent") == "cascade"
         order = "sequential" if cascade and args.gradient == "local" else "simultaneous"
         self.sequential = (args.order or order) == "sequential"
         check_job(model, self.blocks, args, self.sequential)
         self._prepare_model()
+        self.group.share_weights(model)
         self.trainers = self.residency.trainers
         for block in self.blocks:
             self.residency.pin(block)
@@ -123,6 +134,7 @@ class DiffusionBlocksTrainer:
                 self.accelerator,
                 self.num_updates,
                 shared=args.train_shared == "all" or (args.train_shared == "first" and block == 0),
+                group=self.group,
             )
         self.residency.release()
         self.schedule = block_schedule(self.blocks, self.num_updates, args, self.sequential)
@@ -133,7 +145,7 @@ class DiffusionBlocksTrainer:
         self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
         self.callbacks = list(callbacks or [])
         self._pending: list[dict[str, Any]] = []
-        self._stop_signal: int | None = None
+        self._stop_signal: str | None = None
         self.training_seconds = 0.0
 
     def _prepare_model(self) -> None:
@@ -176,7 +188,9 @@ class DiffusionBlocksTrainer:
             OSError: if a checkpoint cannot be written.
         """
         self.output_dir.mkdir(parents=True, exist_ok=True)
-        clean_staging(self.output_dir)
+        if self.group.is_leader:
+            clean_staging(self.output_dir)
+        self.group.wait()
         self._resume(resume_from_checkpoint)
         if self.args.report_to:
             self.accelerator.init_trackers("diffusionblocks", config=flat_values(self.args.to_dict()))
@@ -187,7 +201,7 @@ class DiffusionBlocksTrainer:
             initial=self.iteration,
             desc=f"training {len(self.blocks)} block{'s' * (len(self.blocks) > 1)}",
             unit="update",
-            disable=self.args.disable_tqdm,
+            disable=self.args.disable_tqdm or not self.group.is_leader,
         )
         with bar, self._finish_update_on_signal():
             while self.iteration < len(self.schedule):
@@ -198,12 +212,13 @@ class DiffusionBlocksTrainer:
         self.training_seconds += time.perf_counter() - start
         finished = self.iteration == len(self.schedule)
         mark_trained(self.model, self.trainers, self.num_updates)
-        if not find_checkpoints(self.output_dir) or find_checkpoints(self.output_dir)[-1].name != self._name:
+        saved = find_checkpoints(self.output_dir)
+        if self.group.any(not saved or saved[-1].name != self._name)[0]:
             self._save_checkpoint()
         if self._stop_signal is not None:
             number, self._stop_signal = self._stop_signal, None
             raise KeyboardInterrupt(
-                f"stopped by signal {number} after iteration {self.iteration}; saved in {self.output_dir / self._name}"
+                f"stopped by {number} after iteration {self.iteration}; saved in {self.output_dir / self._name}"
             )
         if finished and self.eval_dataset is not None and self._can_evaluate:
             self.evaluate()
@@ -235,6 +250,7 @@ class DiffusionBlocksTrainer:
         save = args.save_steps > 0 and self.iteration % args.save_steps == 0
         evaluate = args.eval_steps > 0 and self.iteration % args.eval_steps == 0
         self._notify("on_step_end")
+        self._agree()
         if log or save or evaluate or self.control.should_save or self.control.should_evaluate:
             means = self._flush()
             if means:
@@ -245,11 +261,20 @@ class DiffusionBlocksTrainer:
             self._save_checkpoint()
         self.control.should_save = self.control.should_evaluate = False
 
+    def _agree(self) -> None:
+        """What one process of a group is asked to do, all do, after the same update."""
+        control, stop = self.control, self._stop_signal is not None
+        stop, control.should_training_stop, control.should_save, control.should_evaluate = self.group.any(
+            stop, control.should_training_stop, control.should_save, control.should_evaluate
+        )
+        if stop and self._stop_signal is None:
+            self._stop_signal = "another process"
+
     def _keep_good_state(self) -> str:
         """Before the run ends at an update that could not be made: save what was learned so far, and say where."""
         if self.iteration == 0:
             return "Nothing had been learned yet."
-        if not (self.output_dir / self._name).is_dir():
+        if self.group.any(not (self.output_dir / self._name).is_dir())[0]:
             self._save_checkpoint()
         return (
             f"What was learned in {self.iteration} iterations is in {self.output_dir / self._name}: load it with "
@@ -268,9 +293,10 @@ class DiffusionBlocksTrainer:
             self.model.begin_block(block, self.args.hand_over)
             self.trainers[block].restart_average()
         if self.args.lower_outputs == "disk" and block > 0:
-            self.trainers[block].dataset = lower_outputs(
-                self.model, block, self.train_dataset, self.output_dir / "lower-outputs", self.args.disable_tqdm
-            )
+            with self.group.leader_first():
+                self.trainers[block].dataset = lower_outputs(
+                    self.model, block, self.train_dataset, self.output_dir / "lower-outputs", self.args.disable_tqdm
+                )
         self._prepared = block
 
     def _notify(self, event: str, **values: Any) -> None:
@@ -296,8 +322,9 @@ class DiffusionBlocksTrainer:
                     "Lower the learning rate, clip the gradient, or check the data."
                 )
             rows.append(row)
-        with open(self.output_dir / UPDATES_NAME, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        if self.group.is_leader:
+            with open(self.output_dir / UPDATES_NAME, "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows))
         means: dict[str, float] = {}
         for block in sorted({row["block"] for row in rows}):
             mine = [row for row in rows if row["block"] == block]
@@ -328,7 +355,7 @@ class DiffusionBlocksTrainer:
         def request(number: int, _frame: Any) -> None:
             if self._stop_signal is not None:
                 raise KeyboardInterrupt
-            self._stop_signal = number
+            self._stop_signal = f"signal {number}"
 
         old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
@@ -360,9 +387,10 @@ class DiffusionBlocksTrainer:
             )
         values = {"eval_loss": result.total}
         values |= {f"eval_loss/block_{b}": v for b, v in enumerate(result.per_range)}
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        with open(self.output_dir / EVALUATIONS_NAME, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
+        if self.group.is_leader:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            with open(self.output_dir / EVALUATIONS_NAME, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
         self._track(values)
         self._notify("on_evaluate", metrics=values)
         return result
@@ -385,12 +413,26 @@ class DiffusionBlocksTrainer:
     # -- saving and resuming -------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | os.PathLike | None = None) -> Path:
-        """Save the averaged weights (the trained ones without an average) in the layout of ``from_pretrained``."""
+        """Save the averaged weights (the trained ones without an average) in the layout of ``from_pretrained``.
+
+        All processes of a run call it. Where they own different blocks, each saves its own in a directory of its own,
+        and the last one to do so merges them in ``output_dir/model`` of the run, unless a directory was named.
+
+        Returns:
+            The directory with this process's blocks; the merged model's if all are there.
+        """
         target = Path(output_dir) if output_dir is not None else self.output_dir / "model"
         mark_trained(self.model, self.trainers, self.num_updates)
         with self.averaged_weights():
-            self.model.save_pretrained(target)
+            self.group.save_pretrained(self.model, target)
+        if output_dir is None and self.is_job:
+            return merge_run(Path(self.args.output_dir)) or target
         return target
+
+    @property
+    def is_job(self) -> bool:
+        """Whether other processes of this run train other blocks, in directories beside this one's."""
+        return self.output_dir != Path(self.args.output_dir)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -399,13 +441,22 @@ class DiffusionBlocksTrainer:
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in changing}
         args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
         data = {"num_samples": len(self.train_dataset), "fingerprint": data_fingerprint(self.train_dataset)}
+        if self.group.size > 1:
+            args["processes_per_block"] = self.group.size
         return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
 
     def _save_checkpoint(self) -> None:
         self._flush()
         keep = self.args.save_total_limit
         write_checkpoint(
-            self.output_dir, self.iteration, self.model, self.trainers, self.identity, keep, self.residency
+            self.output_dir,
+            self.iteration,
+            self.model,
+            self.trainers,
+            self.identity,
+            keep,
+            self.residency,
+            self.group,
         )
         self._notify("on_save")
 
@@ -416,7 +467,9 @@ class DiffusionBlocksTrainer:
         else:
             checkpoint = Path(resume) if resume else None
         if checkpoint is None:
-            if self.iteration == 0:
+            if self.iteration == 0 and self.group.is_leader:
+                if self.is_job:
+                    check_other_jobs(Path(self.args.output_dir), self.output_dir, bool(resume))
                 set_aside(self.output_dir)
             return
         state = read_state(checkpoint)
@@ -425,4 +478,5 @@ class DiffusionBlocksTrainer:
         self.iteration = self.state.global_step = state["iteration"]
         self._prepared = None
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
-            truncate_log(self.output_dir / name, self.iteration)
+            if self.group.is_leader:
+                truncate_log(self.output_dir / name, self.iteration)
