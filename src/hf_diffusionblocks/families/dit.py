@@ -177,7 +177,8 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         return output[:, : self.config.in_channels]  # a learned variance is not part of the denoiser
 
     def layer_modules(self, block: int) -> Iterator[nn.Module]:
-        yield from self.block(block).transformer_blocks
+        for layer in self.block(block).transformer_blocks:
+            yield from (layer.norm1.linear, layer.attn1, layer.ff)  # the head reads the first one's norm1.emb
 
     def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:
         size = self.config.sample_size

@@ -129,7 +129,11 @@ class BlockTrainer:
         bad = bool(wrong.any())
         if self.group.any(bad)[0]:
             self.optimizer.zero_grad(set_to_none=True)
-            raise BadSampleError(self._describe(batch, wrong, part) if bad else "another process met bad samples.")
+            raise BadSampleError(
+                self._describe(batch, wrong, part)
+                if bad
+                else "another process of the group met samples that cannot be learned from, and names them."
+            )
         return {k: v.to(self.accelerator.device, non_blocking=True) for k, v in batch.items()}
 
     def step(self) -> dict[str, Tensor | float | int]:
@@ -155,6 +159,7 @@ class BlockTrainer:
                 for name, value in result.parts.items():
                     parts[name] = parts.get(name, 0) + value / count
         self._finish_gradients()
+        group.reshard(self.model, self.block)
         if group.size > 1:
             total = group.mean_(total.clone())
             parts = {name: group.mean_(torch.as_tensor(value).clone()) for name, value in sorted(parts.items())}

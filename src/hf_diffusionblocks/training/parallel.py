@@ -117,11 +117,13 @@ class Group:
         blocks: what they train.
         rank: of this process within the group.
         size: number of processes.
+        alone: whether other groups train other blocks of the model, which this process then needs nothing of.
         sharded: whether the layers of the blocks lie in shards on all of them (FSDP2).
     """
 
     def __init__(self, blocks: Sequence[int], rank: int = 0, size: int = 1):
         self.blocks, self.rank, self.size = tuple(blocks), rank, size
+        self.alone = False
         self.sharded = False
         self._group = self._control = self._plugin = self._device = None
 
@@ -133,7 +135,7 @@ class Group:
         every = shares(config, args, accelerator.num_processes)
         mine = next(s for s in every if accelerator.process_index in s.ranks)
         group = cls(mine.blocks, mine.ranks.index(accelerator.process_index), len(mine.ranks))
-        group._device = accelerator.device
+        group._device, group.alone = accelerator.device, len(every) > 1
         for share in every:
             if len(share.ranks) > 1:  # making a group needs all processes, members or not
                 made = dist.new_group(list(share.ranks))
@@ -229,7 +231,20 @@ class Group:
             mesh = DeviceMesh.from_group(self._group, self._device.type)
             for block in self.blocks:
                 for module in model.layer_modules(block):  # stem, norm and head are small and stay whole everywhere
-                    fully_shard(module, mesh=mesh, reshard_after_forward=bool(self._plugin.reshard_after_forward))
+                    # Two streams call a module twice and go backward through both calls in turn: it stays whole then.
+                    reshard = bool(self._plugin.reshard_after_forward) and not self._calls_twice(model)
+                    fully_shard(module, mesh=mesh, reshard_after_forward=reshard)
+                    module.set_reshard_after_backward(reshard)
+
+    @staticmethod
+    def _calls_twice(model: BlockedPreTrainedModel) -> bool:
+        return bool(getattr(model.config, "two_stream", False))
+
+    def reshard(self, model: BlockedPreTrainedModel, block: int) -> None:
+        """After a block's update: keep this process's shards of its weights only."""
+        if self.sharded and self._calls_twice(model):
+            for module in model.layer_modules(block):
+                module.reshard()
 
     def set_accumulating(self, model: BlockedPreTrainedModel, block: int, accumulating: bool) -> None:
         """Whether the next backward pass's gradients stay on this process, to be averaged with later ones."""

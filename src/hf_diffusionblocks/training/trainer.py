@@ -51,7 +51,8 @@ class DiffusionBlocksTrainer:
     at any instant goes on to the same weights, bit for bit, on the same kind of machine.
 
     Args:
-        model: a blocked model; its resident blocks (or ``args.blocks``) are trained in place.
+        model: a blocked model; its resident blocks (or ``args.blocks``) are trained in place. Where several processes
+            own different blocks, each drops the others from its copy.
         args: settings.
         train_dataset: ``len()`` and ``dataset[list of indices]`` giving ``pixel_values`` [n, channels, height, width]
             in [-1, 1] and ``class_labels`` [n].
@@ -91,6 +92,8 @@ class DiffusionBlocksTrainer:
         self.model = model
         several = self.accelerator.num_processes > 1
         self.group = Group.make(model.config, args, self.accelerator) if several else None
+        if several and self.group.alone:  # other processes have the others
+            model.drop_blocks(self.group.blocks)
         self.residency = make_residency(model, args, self.accelerator.device)
         if teacher is not None:
             teacher.to(self.accelerator.device)
@@ -107,7 +110,7 @@ class DiffusionBlocksTrainer:
             raise ValueError("blocks=[] trains nothing: name at least one block, or None for all that are loaded.")
         if self.group is None:
             self.group = Group(self.blocks)
-        elif list(self.group.blocks) != self.blocks:  # other processes train the others
+        elif self.group.alone:
             self.blocks = list(self.group.blocks)
             self.output_dir = job_directory(self.output_dir, self.blocks)
         for block in self.blocks:
