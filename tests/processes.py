@@ -1,8 +1,8 @@
 """Training runs in several processes, over gloo on the CPU: launched by `launch`, run by this file as a script.
 
 ``python tests/processes.py DIRECTORY SCENARIO ...`` is one process of a run; rank and world size are in the
-environment, as launchers put them there. All scenarios of a call run in the same processes, one after the other, each in a directory
-of its own under DIRECTORY.
+environment, as launchers put them there. All scenarios of a call run in the same processes, one after the other, each
+in a directory of its own under DIRECTORY.
 """
 
 import json

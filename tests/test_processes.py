@@ -1,6 +1,7 @@
 """Several processes: blocks of their own, groups per block, shards within a group; kills, signals, the launcher."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 import processes
 from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainingArguments
+from hf_diffusionblocks.recipes import recipe_path
 from hf_diffusionblocks.training.parallel import share_out, shares
 from runs import updates
 from tiny import tiny_dit_config
@@ -195,3 +198,64 @@ def test_another_number_of_processes_cannot_go_on(three):
     for rank in (0, 2):
         said = (three / f"other-number-{rank}.txt").read_text()
         assert "an earlier run had another number of processes" in said
+
+
+# -- the launchers ------------------------------------------------------------------------------------------------
+
+SHORT = [
+    "training.max_steps=3",
+    "sampling.num_inference_steps=3",
+    "evaluation.num_samples=20",
+    "evaluation.classifier_epochs=1",
+    "evaluation.num_draws=1",
+]
+
+
+def shell(*command: str, **variables: str) -> str:
+    found = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    return found.stdout
+
+
+def test_accelerate_launches_a_process_per_block_by_the_config_that_comes_with_the_package(tmp_path):
+    config, output = recipe_path("accelerate/blocks.yaml"), tmp_path / "run"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
+    said = shell(*launcher, "-m", "hf_diffusionblocks", "train", "digits-dit", *SHORT, "--output-dir", str(output))
+    assert sorted(p.name for p in output.glob("blocks-*")) == ["blocks-00", "blocks-01", "blocks-02"]
+    assert BlockedDiTModel.from_pretrained(output / "model").resident_blocks == (0, 1, 2)
+    figures = json.loads((output / "figures" / "figures.json").read_text())
+    assert figures["updates_per_block"] == {"0": 3, "1": 3, "2": 3} and figures["num_samples"] == 20
+    assert said.count("all blocks are trained; merged in") == 1 and said.count("not merged yet") == 2
+    assert {row["block"] for row in updates(output)} == {0, 1, 2}
+
+
+def test_every_config_of_accelerate_is_one():
+    for name in (n for n in recipe_path("list").split() if n.startswith("accelerate/")):
+        config = load_config_from_file(recipe_path(name))
+        assert config.num_processes >= 2 and config.main_training_function == "main"
+        assert (config.distributed_type.value, config.fsdp_config.get("fsdp_version")) in (
+            ("MULTI_GPU", None),
+            ("FSDP", 2),
+        )
+
+
+@pytest.mark.slow
+def test_the_script_of_jobs_trains_and_merges_and_goes_on(tmp_path):
+    script = ["sh", recipe_path("scripts/jobs.sh"), "digits-dit", "2", str(tmp_path / "run")]
+    settings = ["blocks.num_blocks=2", "training.max_steps=3", "--no-report"]
+    said = shell(*script, *settings, PYTHON=sys.executable)
+    assert "merged in" in said
+    whole = weights(tmp_path / "run" / "model")
+    shutil.rmtree(tmp_path / "run" / "block-1" / "model")
+    shell(*script, *settings, PYTHON=sys.executable)
+    again = weights(tmp_path / "run" / "model")
+    assert whole.keys() == again.keys() and all(torch.equal(whole[k], again[k]) for k in whole)
+
+
+def test_the_scripts_are_shell():
+    for name in (n for n in recipe_path("list").split() if n.startswith("scripts/")):
+        shell("bash", "-n", recipe_path(name))
+    with pytest.raises(ValueError, match=r"unknown file 'accelerate/block.yaml'.*accelerate/blocks.yaml"):
+        recipe_path("accelerate/block.yaml")

@@ -213,7 +213,18 @@ def _add_push(commands: Any) -> None:
 
 
 def _add_recipes(commands: Any) -> None:
-    _command(commands, "recipes", "List the recipes that come with the package.", "  diffusionblocks recipes")
+    parser = _command(
+        commands,
+        "recipes",
+        "List the recipes that come with the package.",
+        "  diffusionblocks recipes\n"
+        "  accelerate launch --config_file $(diffusionblocks recipes --path accelerate/blocks.yaml) "
+        "-m hf_diffusionblocks train cifar10-dit-s2\n"
+        "  sh $(diffusionblocks recipes --path scripts/jobs.sh) digits-dit 3 runs/jobs",
+    )
+    parser.add_argument(
+        "--path", metavar="NAME", help="where a recipe, a config of Accelerate or a script lies; 'list' names them"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,10 +258,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _run(args: argparse.Namespace) -> None:
     from . import jobs
-    from .recipes import load_recipe, make_recipe, recipe_names
+    from .recipes import load_recipe, make_recipe, recipe_names, recipe_path
 
     if args.command == "recipes":
-        print("\n".join(recipe_names()))
+        print("\n".join(recipe_names()) if args.path is None else recipe_path(args.path))
     elif args.command == "plan":
         recipe = load_recipe(args.recipe, args.overrides)
         if args.json:

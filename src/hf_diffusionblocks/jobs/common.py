@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +44,21 @@ def trainer_says(trainer: DiffusionBlocksTrainer, say: Say) -> Say:
     return lambda line: say("\n".join(named + part for part in line.split("\n")))
 
 
-def merge_jobs(output: Path, say: Say) -> Path | None:
-    """The merged model of a run whose processes own different blocks, if this was the last one; with their logs."""
+def merge_jobs(output: Path, summary: dict[str, Any], say: Say) -> Path | None:
+    """The merged model of a run whose processes own different blocks, if this was the last one to end.
+
+    Their logs are put together as well, and ``summary`` gets to know the updates of all blocks.
+    """
     merged = merge_run(output, say)
     if merged is not None:
         say(f"all blocks are trained; merged in {merged}")
         logs = [path for job in find_jobs(output) if (path := job / UPDATES_NAME).is_file()]
         text = "".join(path.read_text(encoding="utf-8") for path in logs)
         serialization.atomic_write(output / UPDATES_NAME, lambda path: path.write_text(text, encoding="utf-8"))
+        rows = [json.loads(line) for line in text.splitlines()]
+        summary["updates_per_block"] = {
+            row["block"]: row["update"] for row in sorted(rows, key=itemgetter("block", "update"))
+        }
     return merged
 
 

@@ -191,7 +191,7 @@ def train(
     say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
     reported = (trainer.model, recipe, train_data, test_data, output, summary, vae, say)
     if trainer.is_job:
-        merged = merge_jobs(output, say)
+        merged = merge_jobs(output, summary, say)
         if merged is None:
             return model_dir
         model_dir, model = merged, BlockedDiTModel.from_pretrained(merged).to(trainer.model.device)

@@ -139,7 +139,7 @@ def train(
     whole = len(trainer.model.resident_blocks) == trainer.model.partition.num_blocks
     reported = (tokenizer, recipe, test_data, output, summary, say)
     if trainer.is_job:
-        merged = merge_jobs(output, say)
+        merged = merge_jobs(output, summary, say)
         if merged is None:
             return model_dir
         model_dir, model = merged, BlockedForCausalLM.from_pretrained(merged).to(trainer.model.device)

@@ -111,6 +111,24 @@ def recipe_names() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
 
 
+def recipe_path(name: str) -> str:
+    """Where a file of this package lies: a recipe, a config of Accelerate's launcher, a script; ``list`` names all.
+
+    Raises:
+        ValueError: for another name.
+    """
+    folder = Path(str(resources.files(__package__)))
+    names = [
+        p.relative_to(folder).as_posix() for pattern in ("*.yaml", "*/*.yaml", "*/*.sh") for p in folder.glob(pattern)
+    ]
+    if name == "list":
+        return "\n".join(sorted(names))
+    for found in (name, f"{name}.yaml"):
+        if found in names:
+            return str(folder / found)
+    raise ValueError(unknown_name("file", name, sorted(names)))
+
+
 def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     """Load a recipe by name or from a YAML file and apply overrides.
 
