@@ -184,8 +184,26 @@ def test_bad_input_ends_in_one_clear_line(command, words, capsys, tmp_path, monk
 
 
 def test_help_teaches_at_every_level(capsys):
-    for command in ([], ["plan"], ["train"], ["sample"], ["evaluate"], ["convert"], ["encode"], ["recipes"]):
+    commands = "plan train sample evaluate convert encode merge push recipes".split()
+    for command in ([], *([name] for name in commands)):
         with pytest.raises(SystemExit) as exit_:
             main([*command, "--help"])
         assert exit_.value.code == 0
-        assert "diffusionblocks" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "diffusionblocks" in text and (not command or f"examples:\n  diffusionblocks {command[0]}" in text)
+        assert command or all(f"\n    {name} " in text for name in commands)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("merge", ["DIR", "--output-dir", "--wait SECONDS", "a job's run or the model that it saved"]),
+        ("push", ["repo_id", "--block", "--revision", "--private", "--create-pr", "--dry-run", "HF_TOKEN"]),
+    ],
+)
+def test_help_of_merge_and_push_names_what_they_take(command, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(word in text for word in words), text

@@ -198,6 +198,16 @@ def test_sampling_options_reach_the_walk(run_dir, capsys):
     assert capsys.readouterr().out.startswith("alpha ")
 
 
+def test_top_k_bounds_what_is_drawn(run_dir, capsys):
+    texts = []
+    for extra in (["--top-k", "1"], ["--temperature", "0"], ["--top-k", "1", "--denoise"], ["--top-k", "40"], []):
+        options = ["--prompt", "gamma ", "--max-new-tokens", "12", *extra]
+        assert main(["sample", str(run_dir / "model"), *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[4]  # the likeliest of one is the likeliest
+    assert texts[2].startswith("gamma ") and texts[3] == texts[4]  # 40 are more than there are characters
+
+
 def test_evaluate_gives_the_figures_of_the_run_again(run_dir, tmp_path, capsys):
     assert main(["evaluate", str(run_dir / "model"), "--output", str(tmp_path / "f.json")]) == 0
     assert "bits per character" in capsys.readouterr().out
@@ -343,6 +353,8 @@ def test_why_a_tokenizer_cannot_be_loaded_is_said_to_the_end(tmp_path):
         (["--prompt", "alpha " * 20], ["64 positions"]),
         (["--prompt", "alpha", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
         (["--prompt", "alpha", "--top-p", "1.5"], ["top_p=1.5"]),
+        (["--prompt", "alpha", "--top-k", "0"], ["top_k=0", "at least 1"]),
+        (["--prompt", "alpha", "--top-k", "5", "--temperature", "0"], ["--top-k", "--temperature 0", "leave one out"]),
         (["--prompt", "alpha", "--temperature", "-1"], ["temperature=-1"]),
         (["--prompt", "alpha", "--bridge", "argmax_row"], ["--denoise"]),
         (["--prompt", "alpha", "--denoise", "--bridge", "argmax"], ["argmax", "argmax_row"]),
