@@ -68,11 +68,12 @@ def blocked_lm(
     seed: int = 0,
     attention: str = "sdpa",
     perturbation: float = 0.1,
+    base: dict[str, Any] | None = None,
     **settings: Any,
 ) -> BlockedForCausalLM:
     """A blocked language model cut from :func:`base_lm`, in which nothing is zero-initialised any more."""
-    base = base_lm(architecture, num_layers, seed=seed, attention=attention)
-    return perturbed(BlockedForCausalLM.from_base(base, num_blocks, **settings), perturbation, seed).eval()
+    model = base_lm(architecture, num_layers, seed=seed, attention=attention, **(base or {}))
+    return perturbed(BlockedForCausalLM.from_base(model, num_blocks, **settings), perturbation, seed).eval()
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:
