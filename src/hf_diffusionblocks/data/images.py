@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from ..serialization import atomic_write
 from ..suggest import unknown_name
 from .indexing import row_index
+from .scripts import script_error
 
 KNOWN_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_CLASSES = (
@@ -505,6 +506,8 @@ def open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
                 if "data_dir" in loading:
                     loading["data_dir"] = str(loading["data_dir"])
                 source = datasets.load_dataset(name, split=split, **loading)
+        except RuntimeError as err:
+            raise script_error(source, err) from err
         except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as err:
             reason = str(err.__cause__ if isinstance(err, datasets.exceptions.DatasetGenerationError) else err)
             files = loading.get("data_files") or loading.get("data_dir")
