@@ -43,14 +43,34 @@ def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
         try:
             return load_image_dataset(data.name, name, data_files={name: files} if files else None, **common)
         except ValueError as error:
-            if "split" in str(error) and key not in str(error):
-                raise ValueError(f"{error} The recipe's setting is {key}={name}.") from error
+            if "has no split" in str(error) or "unknown split" in str(error):
+                raise ValueError(f"{error} {_split_advice(key, name)}") from error
             raise
 
-    return (
-        load("data.train_split", data.train_split, data.train_files),
-        load("data.test_split", data.test_split, data.test_files),
-    )
+    train = load("data.train_split", data.train_split, data.train_files)
+    test = load("data.test_split", data.test_split, data.test_files)
+    if any(a != b for a, b in zip(test.class_names, train.class_names, strict=False)):
+        raise ValueError(
+            f"the classes of data.test_split={data.test_split} are {_names(test)}, those of data.train_split="
+            f"{data.train_split} {_names(train)}: the same label would mean another class. Give both the same class "
+            "folders, or label columns with the same names."
+        )
+    return train, test
+
+
+def _split_advice(key: str, name: str) -> str:
+    """How to mend a split that is not there, in the words of a recipe."""
+    advice = f"The recipe's setting is {key}={name}: name another one"
+    if key == "data.test_split":
+        advice += (
+            ", or its files with data.test_files= (a pattern such as held-out/*/*.png). data.test_split=train scores "
+            "on the training images"
+        )
+    return advice + "."
+
+
+def _names(data: ImageDataset) -> str:
+    return ", ".join(data.class_names[:8]) + (", ..." if data.num_classes > 8 else "")
 
 
 def check_classes(data: ImageDataset, model: BlockedDiTModel) -> None:
