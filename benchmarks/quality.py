@@ -9,18 +9,14 @@ images (figure that ranks), and by a Fréchet distance and a class agreement at 
 small classifier trained on the training split, of the accuracy that the table states.
 """
 
-import argparse
 import datetime
-import json
-import os
 import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parent / "results"
+from _studies import RESULTS, add_row, file_name, mean, missing_jobs, read_rows, run_jobs, study_parser
+
 SEEDS = (0, 1, 2)
 
 
@@ -109,7 +105,7 @@ def run_job(study: str, arm: str, seed: int, out: Path) -> None:
     from hf_diffusionblocks.recipes import load_recipe
 
     name, common, arms, _ = STUDIES[study]
-    work = out.parent / f"work-{study}" / f"{arm}-{seed}".replace(" ", "_").replace("/", "_").replace(",", "")
+    work = out.parent / f"work-{study}" / file_name(arm, seed)
     overrides = [
         *common,
         *arms[arm],
@@ -138,51 +134,23 @@ def run_job(study: str, arm: str, seed: int, out: Path) -> None:
         "machine": f"{platform.processor() or platform.machine()}, 1 thread per job",
         **figures,
     }
-    with open(out, "a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    add_row(out, row)
 
 
-def read(study: str) -> list[dict]:
-    """Finished jobs of a study."""
-    path = RESULTS / f"quality-{study}.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def results_of(study: str) -> Path:
+    """Where the finished jobs of a study are."""
+    return RESULTS / f"quality-{study}.jsonl"
 
 
 def run(study: str, workers: int, only: str | None, seeds: list[int] | None) -> None:
     """Run what is not yet there, ``workers`` jobs side by side."""
-    RESULTS.mkdir(exist_ok=True)
     _, _, arms, all_seeds = STUDIES[study]
-    done = {(row["arm"], row["seed"]) for row in read(study)}
-    todo = [(a, s) for s in (seeds or all_seeds) for a in arms if (a, s) not in done and (not only or only in a)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    running: list[tuple[subprocess.Popen, str]] = []
-    failed = []
-    while todo or running:
-        while todo and len(running) < workers:
-            arm, seed = todo.pop(0)
-            command = [sys.executable, __file__, "job", study, "--arm", arm, "--seed", str(seed)]
-            running.append((subprocess.Popen(command, env=environment), f"{arm}, seed {seed}"))
-            print(f"start  {arm}, seed {seed} ({len(todo)} left)", flush=True)
-        for job in list(running):
-            if job[0].poll() is not None:
-                running.remove(job)
-                print(f"{'done ' if job[0].returncode == 0 else 'FAILED'}  {job[1]}", flush=True)
-                if job[0].returncode:
-                    failed.append(job[1])
-        time.sleep(0.5)
-    if failed:
-        raise SystemExit(f"failed: {failed}")
-
-
-def _mean(values: list[float]) -> str:
-    if len(values) < 2:
-        return f"{values[0]:.4f}"
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) / len(values) ** 0.5:.4f}"
+    run_jobs(__file__, study, missing_jobs(read_rows(results_of(study)), arms, seeds or all_seeds, only), workers)
 
 
 def table(study: str, reference: str = "end to end, L") -> str:
     """Markdown: per arm the mean over seeds ± standard error, and the paired difference of the held-out loss."""
-    rows = read(study)
+    rows = read_rows(results_of(study))
     arms = [a for a in STUDIES[study][2] if any(r["arm"] == a for r in rows)]
     if not arms:
         return f"no results of study {study!r} yet: python benchmarks/quality.py run {study}"
@@ -198,9 +166,9 @@ def table(study: str, reference: str = "end to end, L") -> str:
         pairs = [r["held_out_loss"] - base[r["seed"]] for r in mine if r["seed"] in base]
         ranges = " / ".join(f"{statistics.mean(r['held_out_loss_per_range'][i] for r in mine):.3f}" for i in range(3))
         lines.append(
-            f"| {arm} | {len(mine)} | {_mean([r['held_out_loss'] for r in mine])} | "
-            f"{_mean(pairs) if pairs else ''} | {ranges} | {_mean([r[frechet] for r in mine])} | "
-            f"{_mean([r['class_agreement'] for r in mine])} | {mine[0]['parameters']:,} | "
+            f"| {arm} | {len(mine)} | {mean([r['held_out_loss'] for r in mine])} | "
+            f"{mean(pairs) if pairs else ''} | {ranges} | {mean([r[frechet] for r in mine])} | "
+            f"{mean([r['class_agreement'] for r in mine])} | {mine[0]['parameters']:,} | "
             f"{mine[0]['updates_per_block']} |"
         )
     first = rows[0]
@@ -214,17 +182,9 @@ def table(study: str, reference: str = "end to end, L") -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("run", "job", "table"))
-    parser.add_argument("study", choices=STUDIES)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--only", help="arms whose name contains this")
-    parser.add_argument("--arm")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--seeds", type=int, nargs="*")
-    args = parser.parse_args()
+    args = study_parser(__doc__, ("run", "job", "table"), STUDIES).parse_args()
     if args.command == "job":
-        run_job(args.study, args.arm, args.seed, RESULTS / f"quality-{args.study}.jsonl")
+        run_job(args.study, args.arm, args.seed, results_of(args.study))
     elif args.command == "run":
         run(args.study, args.workers, args.only, args.seeds)
     else:

@@ -19,8 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_diffusionblocks import BlockedForCausalLM
-from hf_diffusionblocks.memory import _AnyValue
-from hf_diffusionblocks.memory_counting import MemoryUse, SavedTensors, held_bytes, state_of
+from hf_diffusionblocks.memory_counting import AnyValue, MemoryUse, SavedTensors, held_bytes, state_of
 from hf_diffusionblocks.modeling import enable_checkpointing
 from hf_diffusionblocks.objectives import NextTokenPrediction
 
@@ -88,7 +87,7 @@ def blocked(config: Any, blocks: int, block: int, path: str, *, layers: bool = F
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         model = BlockedForCausalLM(BlockedForCausalLM.config_from(config, blocks, **settings)).train()
-    with FakeTensorMode(allow_non_fake_inputs=True), _AnyValue():
+    with FakeTensorMode(allow_non_fake_inputs=True), AnyValue():
         base.to_empty(device="cpu")
         model.to_empty(device="cpu")
         modules = [model]
@@ -119,7 +118,7 @@ def rival(config: Any, checkpointing: bool = False, **settings: Any) -> dict:
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
         model = with_adapters(base, settings["rank"]) if settings["name"] == "lora" else base
-    with FakeTensorMode(allow_non_fake_inputs=True), _AnyValue():
+    with FakeTensorMode(allow_non_fake_inputs=True), AnyValue():
         model.to_empty(device="cpu")
         base.tie_weights()
         if settings["name"] == "lora":

@@ -10,13 +10,13 @@ network of n layers is fitted as ``fixed + n * per_layer`` from the end-to-end a
 import argparse
 import datetime
 import platform
-import statistics
-import tempfile
-import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from _timing import bare_loop, median, silent_arguments, timed_rounds
 
-from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer
 from hf_diffusionblocks.objectives import DenoisingScoreMatching
 from hf_diffusionblocks.training.block_trainer import BlockTrainer
 
@@ -54,49 +54,7 @@ def build(args, num_layers: int, num_blocks: int) -> BlockedDiTModel:
 
 def make_trainer(args, model: BlockedDiTModel, data: Images) -> DiffusionBlocksTrainer:
     """A trainer that will never be asked to write anything."""
-    settings = DiffusionBlocksTrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=10**6,
-        per_device_train_batch_size=args.batch,
-        logging_steps=10**6,
-        disable_tqdm=True,
-    )
-    return DiffusionBlocksTrainer(model, settings, data)
-
-
-def bare_loop(args, model: BlockedDiTModel, data: Images):
-    """The arithmetic of one update of block 0, in plain PyTorch: loss, backward, clip, AdamW, moving average."""
-    parameters = [p for _, p in model.block_parameters(0)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    shadow = [p.detach().clone() for p in parameters]
-    objective = DenoisingScoreMatching()
-    generator = torch.Generator().manual_seed(0)
-    position = 0
-
-    def step() -> None:
-        nonlocal position
-        rows = [(position + i) % len(data) for i in range(args.batch)]
-        position += args.batch
-        objective(model, 0, data[rows], generator).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_sub_(shadow, torch._foreach_sub(shadow, parameters), alpha=0.01)
-
-    return step
-
-
-def seconds(function, repeats: int = 1) -> float:
-    """Time of a call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / repeats
+    return DiffusionBlocksTrainer(model, silent_arguments(args.batch, max_steps=10**6), data)
 
 
 def main() -> None:
@@ -111,7 +69,7 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     data = Images(1024, 3, args.size)
-    timed: dict[str, object] = {}
+    timed: dict[str, Callable[[], Any]] = {}
     models = {b: build(args, args.layers, b) for b in (1, 2, 3, 6)}
     for b, model in models.items():
         trainer: BlockTrainer = make_trainer(args, model, data).trainers[0]
@@ -120,7 +78,9 @@ def main() -> None:
     one_layer = make_trainer(args, build(args, 1, 1), data).trainers[0]
     timed["train one layer"] = one_layer.step
     looped = build(args, args.layers, 3).to(device).train()
-    timed["bare loop B=3"] = bare_loop(args, looped, data)
+    objective, generator = DenoisingScoreMatching(), torch.Generator().manual_seed(0)
+    own = [p for _, p in looped.block_parameters(0)]
+    timed["bare loop B=3"] = bare_loop(own, data, args.batch, lambda b: objective(looped, 0, b, generator).loss)
     again = make_trainer(args, build(args, args.layers, 3), data)
     timed["trainer B=3"] = lambda: again._iterate(_Bar())
     z = torch.randn(args.batch, 3, args.size, args.size, device=device)
@@ -141,13 +101,7 @@ def main() -> None:
     for b, model in models.items():
         timed[f"sample B={b}"] = sampler(model)
     timed["sample one layer"] = sampler(single)
-    for function in timed.values():  # warm up
-        seconds(function, 2)
-    rounds = [{name: seconds(function) for name, function in timed.items()} for _ in range(args.rounds)]
-
-    def median(f) -> float:
-        return statistics.median(f(r) for r in rounds)
-
+    rounds = timed_rounds(timed, args.rounds, warm_up=2)
     threads = torch.get_num_threads()
     print(
         f"DiT, {args.layers} layers, width {args.width}, {(args.size // 2) ** 2} tokens, batch {args.batch}; "
@@ -159,20 +113,21 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for kind in ("train", "sample"):
         for b in (2, 3, 6):
-            ratio = median(lambda r, k=kind, b=b: r[f"{k} B={b}"] / r[f"{k} B=1"])
+            ratio = median(rounds, lambda r, k=kind, b=b: r[f"{k} B={b}"] / r[f"{k} B=1"])
 
             def layers_only(r, k=kind, b=b):
                 per_layer = (r[f"{k} B=1"] - r[f"{k} one layer"]) / (args.layers - 1)
                 fixed = r[f"{k} one layer"] - per_layer
                 return (r[f"{k} B={b}"] - fixed) / (r[f"{k} B=1"] - fixed)
 
-            print(f"| {kind}, B={b} | {ratio:.4f} | {median(layers_only):.4f} | {1 / b:.4f} | {1.05 / b:.4f} |")
+            print(f"| {kind}, B={b} | {ratio:.4f} | {median(rounds, layers_only):.4f} | {1 / b:.4f} | {1.05 / b:.4f} |")
     fixed = median(
-        lambda r: (r["train one layer"] - (r["train B=1"] - r["train one layer"]) / (args.layers - 1)) / r["train B=1"]
+        rounds,
+        lambda r: (r["train one layer"] - (r["train B=1"] - r["train one layer"]) / (args.layers - 1)) / r["train B=1"],
     )
     print()
     print(f"stem, head and objective: {100 * fixed:.2f} % of the end-to-end training step")
-    over = median(lambda r: r["trainer B=3"] / r["bare loop B=3"])
+    over = median(rounds, lambda r: r["trainer B=3"] / r["bare loop B=3"])
     print(f"trainer over a bare loop doing the same arithmetic: {over:.4f}")
 
 

@@ -9,20 +9,17 @@ the machine's speed cancels. A cascade's forward pass of the lower blocks is tim
 import argparse
 import datetime
 import platform
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from _timing import bare_loop, median, silent_arguments, timed_rounds
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_diffusionblocks import (
     BlockedForCausalLM,
     DiffusionBlocksTrainer,
-    DiffusionBlocksTrainingArguments,
     NextTokenPrediction,
     denoising_generate,
 )
@@ -68,58 +65,25 @@ def make_trainer(
     """A trainer that will never be asked to write anything."""
     torch.manual_seed(0)
     model = BlockedForCausalLM.from_base(base_config(args), num_blocks, **({"auxiliary_layers": 0} | settings))
-    arguments = DiffusionBlocksTrainingArguments(
-        output_dir=tempfile.mkdtemp(),
-        max_steps=10**4,
-        per_device_train_batch_size=args.batch,
-        order="simultaneous",
-        logging_steps=10**6,
-        disable_tqdm=True,
-    )
+    arguments = silent_arguments(args.batch, max_steps=10**4, order="simultaneous")
     return DiffusionBlocksTrainer(model, arguments, data)
 
 
-def bare_loop(args: argparse.Namespace, trainer: DiffusionBlocksTrainer, data: Rows, block: int) -> Callable[[], None]:
-    """The arithmetic of one update of a block, in plain PyTorch: loss, backward, clip, AdamW, moving average."""
-    model = trainer.model
+def bare_update(args: argparse.Namespace, trainer: DiffusionBlocksTrainer, data: Rows, block: int) -> Callable:
+    """One update of a block in plain PyTorch."""
+    model, objective = trainer.model, NextTokenPrediction()
     model.embed_tokens.requires_grad_(False)
-    parameters = [p for _, p in model.block_parameters(block)]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-    shadow = [p.detach().clone() for p in parameters]
-    objective, position = NextTokenPrediction(), 0
 
-    def step() -> None:
-        nonlocal position
-        rows = [(position + i) % len(data) for i in range(args.batch)]
-        position += args.batch
-        batch = {name: value.to(model.device) for name, value in data[rows].items()}
-        objective(model, block, batch).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_sub_(shadow, torch._foreach_sub(shadow, parameters), alpha=0.01)
+    def loss(batch: dict[str, Tensor]) -> Tensor:
+        return objective(model, block, {name: value.to(model.device) for name, value in batch.items()}).loss
 
-    return step
+    return bare_loop((p for _, p in model.block_parameters(block)), data, args.batch, loss)
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Time of a call."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def timed_rounds(functions: dict[str, Callable[[], Any]], rounds: int) -> Callable[[str, str], float]:
+def median_ratio(functions: dict[str, Callable[[], Any]], rounds: int) -> Callable[[str, str], float]:
     """Times everything in turn; gives the median ratio of two names."""
-    for function in functions.values():  # warm up
-        function()
-    table = [{name: seconds(function) for name, function in functions.items()} for _ in range(rounds)]
-    return lambda a, b: statistics.median(row[a] / row[b] for row in table)
+    table = timed_rounds(functions, rounds)
+    return lambda a, b: median(table, lambda row: row[a] / row[b])
 
 
 def training(args: argparse.Namespace) -> None:
@@ -135,8 +99,8 @@ def training(args: argparse.Namespace) -> None:
     functions["lower blocks"] = lambda: cascade.model.context_of(NUM_BLOCKS - 1, ids)
     independent = make_trainer(args, data, context="independent")
     functions["trainer"] = independent.trainers[middle].step
-    functions["bare loop"] = bare_loop(args, make_trainer(args, data, context="independent"), data, middle)
-    ratio = timed_rounds(functions, args.rounds)
+    functions["bare loop"] = bare_update(args, make_trainer(args, data, context="independent"), data, middle)
+    ratio = median_ratio(functions, args.rounds)
     print(f"| a step of one of {NUM_BLOCKS} blocks | over end to end | goal |\n|---|---|---|")
     for name, (_, goal) in ARMS.items():
         print(f"| {name} | {ratio(name, 'end to end'):.4f} | {goal:.4f} |")
@@ -158,7 +122,7 @@ def generation(args: argparse.Namespace) -> None:
         return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), **given, **more)
 
     walk = {"custom_generate": denoising_generate, "steps": NUM_BLOCKS, "seed": 0}
-    ratio = timed_rounds(
+    ratio = median_ratio(
         {
             "base": run(base),
             "f": run(clean),

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from PIL import Image
 
 from hf_diffusionblocks import BlockedDiTPipeline
 from hf_diffusionblocks.cli import main
+from tiny import tiny_vae
 
 SMALL = [
     "model.num_layers=3",
@@ -135,18 +136,7 @@ def test_convert_a_saved_dit(tmp_path, capsys):
 
 
 def test_encode_then_train_on_latents(tmp_path):
-    torch.manual_seed(0)
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-    )
-    vae.save_pretrained(tmp_path / "vae")
+    tiny_vae().save_pretrained(tmp_path / "vae")
     latent = ["model.in_channels=4", "model.sample_size=8", f"sampling.vae={tmp_path / 'vae'}", "data.max_samples=24"]
     for split in ("train", "test"):
         command = ["encode", "digits-dit", *SMALL, *latent, "--split", split]
@@ -184,8 +174,26 @@ def test_bad_input_ends_in_one_clear_line(command, words, capsys, tmp_path, monk
 
 
 def test_help_teaches_at_every_level(capsys):
-    for command in ([], ["plan"], ["train"], ["sample"], ["evaluate"], ["convert"], ["encode"], ["recipes"]):
+    commands = "plan train sample evaluate convert encode merge push recipes".split()
+    for command in ([], *([name] for name in commands)):
         with pytest.raises(SystemExit) as exit_:
             main([*command, "--help"])
         assert exit_.value.code == 0
-        assert "diffusionblocks" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "diffusionblocks" in text and (not command or f"examples:\n  diffusionblocks {command[0]}" in text)
+        assert command or all(f"\n    {name} " in text for name in commands)
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("merge", ["DIR", "--output-dir", "--wait SECONDS", "a job's run or the model that it saved"]),
+        ("push", ["repo_id", "--block", "--revision", "--private", "--create-pr", "--dry-run", "HF_TOKEN"]),
+    ],
+)
+def test_help_of_merge_and_push_names_what_they_take(command, words, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert all(word in text for word in words), text

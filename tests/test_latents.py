@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
 
 from hf_diffusionblocks import BlockedDiTModel, BlockedDiTPipeline, jobs
@@ -17,28 +17,13 @@ from hf_diffusionblocks.evaluation.images import decoded
 from hf_diffusionblocks.jobs import images
 from hf_diffusionblocks.pipelines import decode_latents
 from test_cli import SMALL
-from tiny import perturbed
-
-
-def tiny_vae(latent_channels: int = 4) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=latent_channels,
-        shift_factor=0.25,
-    ).eval()
+from tiny import perturbed, tiny_vae
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("latents")
-    tiny_vae().save_pretrained(root / "vae")
+    tiny_vae(shift_factor=0.25).save_pretrained(root / "vae")
     return root
 
 
@@ -94,7 +79,7 @@ def test_a_vae_that_cannot_be_loaded_stops_the_run_before_training(folder, tmp_p
 
 
 def test_decoding_undoes_scale_and_shift():
-    vae = tiny_vae()
+    vae = tiny_vae(shift_factor=0.25)
     z = torch.randn(2, 4, 8, 8)
     latents = (z - vae.config.shift_factor) * vae.config.scaling_factor
     with torch.no_grad():
@@ -143,7 +128,7 @@ def dit(**settings) -> DiTTransformer2DModel:
 
 def test_a_converted_pipeline_samples_the_images_of_the_base(tmp_path, capsys):
     scheduler = DDIMScheduler(beta_end=0.015, clip_sample=False)
-    base = DiTPipeline(dit(out_channels=4), tiny_vae_without_shift(), scheduler, id2label={1: "one"})
+    base = DiTPipeline(dit(out_channels=4), tiny_vae(), scheduler, id2label={1: "one"})
     base.save_pretrained(tmp_path / "base")
     command = ["convert", str(tmp_path / "base"), "--num-blocks", "1", "--output-dir", str(tmp_path / "out")]
     assert main(command) == 0
@@ -158,12 +143,6 @@ def test_a_converted_pipeline_samples_the_images_of_the_base(tmp_path, capsys):
         drawn.append(one([1, 7], **settings).images)
     np.testing.assert_allclose(drawn[1], drawn[0], atol=2e-3)
     assert drawn[0].std() > 0.01
-
-
-def tiny_vae_without_shift() -> AutoencoderKL:
-    vae = tiny_vae()
-    vae.register_to_config(shift_factor=None)
-    return vae
 
 
 def test_a_bare_dit_says_which_preconditioning_is_taken(tmp_path, capsys):

@@ -2,14 +2,17 @@
 
 import errno
 import os
+import resource
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from hf_diffusionblocks.objectives import NextTokenPrediction
 from hf_diffusionblocks.serialization import same_tensors
 from hf_diffusionblocks.training import cascade
 from hf_diffusionblocks.training.cascade import lower_outputs
@@ -172,6 +175,66 @@ def test_a_full_disk_gives_one_clear_error_and_leaves_nothing(tmp_path, monkeypa
     whole = text_trainer(tmp_path / "whole", dataset=TokenRows(ROWS), lower_outputs="disk")
     whole.train()
     assert all(same_tensors(everything(trainer)[b], everything(whole)[b]) for b in range(3))
+
+
+@pytest.mark.parametrize("missing", ["the function", "the file system's support"])
+def test_where_a_file_s_place_cannot_be_reserved_zeros_are_written(tmp_path, monkeypatch, missing):
+    def unsupported(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    if missing == "the function":  # macOS
+        monkeypatch.delattr(os, "posix_fallocate")
+    else:
+        monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    monkeypatch.setattr(cascade, "_ZEROS", 1000)  # so that the last chunk is a part
+    cascade._reserve(tmp_path / "reserved", 15_360)
+    written = (tmp_path / "reserved").stat()
+    assert written.st_size == 15_360 and written.st_blocks * 512 >= 15_360  # not a file with holes
+    model, data = blocked_lm(), TokenRows(ROWS)
+    found = lower_outputs(model, 1, data, tmp_path, quiet=True)
+    assert torch.equal(found[list(range(ROWS))]["hidden_states"], rounded(model, 1, data))
+
+
+def test_a_full_disk_is_found_before_the_file_is_mapped_without_reserving_too(tmp_path, monkeypatch):
+    """A limit on the size of files stands for the full disk: the write fails in the same place."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(cascade, "_ZEROS", 1000)
+    monkeypatch.setattr(np, "memmap", lambda *_, **__: pytest.fail("mapped"))
+    model, data = blocked_lm(), TokenRows(ROWS)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, limits[1]))
+        with pytest.raises(OSError, match="15,360 bytes .* do not fit in .*File too large.*'recompute'"):
+            lower_outputs(model, 1, data, tmp_path, quiet=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lower_blocks_run_without_dropout_whether_recomputed_or_from_the_file(tmp_path, monkeypatch):
+    model, data = blocked_lm(base={"attention_dropout": 0.5}), TokenRows(ROWS)
+    found = lower_outputs(model, 2, data, tmp_path, quiet=True)
+    rows = list(range(ROWS))
+    batch = data[rows]
+    model.train()
+    dropped = [model.clean_block(model.embed_tokens(batch["input_ids"]), 0) for _ in range(2)]
+    assert not torch.allclose(*dropped)  # the probe: in training mode the block's own layers do drop
+    recomputed = model.context_of(2, batch["input_ids"])
+    assert torch.equal(recomputed.to(torch.bfloat16).float(), found[rows]["hidden_states"])
+    assert all(module.training for module in model.modules())
+    modes, run = [], model.clean_block
+
+    def watched(hidden: Tensor, block: int, **kwargs: Any) -> Tensor:
+        layers = model.block(block).model.modules()
+        modes.append((block, {module.training for module in layers}))
+        return run(hidden, block, **kwargs)
+
+    monkeypatch.setattr(model, "clean_block", watched)
+    NextTokenPrediction()(model, 2, batch)
+    assert modes == [(0, {False}), (1, {False}), (2, {True})]
+    assert all(module.training for module in model.modules())
 
 
 @pytest.mark.parametrize("left", ["half-written", "no note", "cut short", "broken note"])

@@ -1,10 +1,14 @@
 """Recipes, overrides and baselines."""
 
+from importlib import resources
+
 import pytest
 
 from hf_diffusionblocks.baselines.end_to_end import baseline_recipe, resolve_method
 from hf_diffusionblocks.data import train_tokenizer
+from hf_diffusionblocks.objectives.exact_gradient import check_exact
 from hf_diffusionblocks.recipes import load_recipe, make_recipe, recipe_names
+from tiny_text import base_lm
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -45,6 +49,21 @@ def test_the_papers_settings_for_text_stand_in_the_recipes(name, length):
     assert (config.num_blocks, config.overlap, config.readout, config.context) == (4, 0.1, "edm", "independent")
     assert recipe.data.block_length == config.max_position_embeddings == length
     assert "Llama-2" in recipe.data.tokenizer and recipe.data.streaming
+
+
+@pytest.mark.parametrize("name", ["lm1b-llama", "openwebtext-llama", "smollm2-finetune"])
+def test_recipes_that_were_not_run_here_say_so_and_what_to_do_about_loading_scripts(name):
+    text = (resources.files("hf_diffusionblocks.recipes") / f"{name}.yaml").read_text(encoding="utf-8")
+    said = " ".join(text.split("family:")[0].replace("#", " ").split()).lower()
+    assert "not run at full scale here" in said and "parquet" in said
+    assert load_recipe(name).data.revision in (None, "refs/convert/parquet")
+
+
+def test_the_exact_gradient_that_the_recipe_of_smollm2_names_can_be_asked_for(tmp_path):
+    base_lm(num_layers=3).save_pretrained(tmp_path)
+    settings = [f"model.base={tmp_path}", "training.gradient=exact", "blocks.auxiliary_layers=0"]
+    recipe = load_recipe("smollm2-finetune", settings)
+    check_exact(recipe.config())
 
 
 def test_text_by_default_is_a_clean_cascade_one_block_after_the_other_with_an_auxiliary_layer():

@@ -13,26 +13,7 @@ from hf_diffusionblocks import BlockedForCausalLM
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.data import train_tokenizer
 from hf_diffusionblocks.jobs.text_pieces import _take_lower_blocks, load_model
-from tiny_text import base_lm, new_lm
-
-WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
-SMALL = [
-    "model.hidden_size=16",
-    "model.intermediate_size=24",
-    "model.num_hidden_layers=3",
-    "model.num_attention_heads=2",
-    "model.max_position_embeddings=64",
-    "data.block_length=32",
-    "data.test_fraction=0.2",
-    "training.max_steps=6",
-    "training.warmup_steps=1",
-    "training.save_steps=9",
-    "training.per_device_train_batch_size=4",
-    "training.disable_tqdm=true",
-    "sampling.prompts=['alpha ', 'beta ']",
-    "sampling.max_new_tokens=8",
-    "evaluation.rows=8",
-]
+from tiny_text import TEXT_RECIPE, base_lm, new_lm, words_file
 
 
 def weights(model_dir: Path, block: int) -> bytes:
@@ -41,16 +22,12 @@ def weights(model_dir: Path, block: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def text_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(WORDS), (1200,), generator=generator).tolist()
-    path.write_text(" ".join(WORDS[i] for i in picks))
-    return path
+    return words_file(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
 def command(text_file) -> list[str]:
-    return ["train", "pydoc-llama", *SMALL, f"data.name={text_file}"]
+    return ["train", "pydoc-llama", *TEXT_RECIPE, f"data.name={text_file}"]
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +142,7 @@ def test_fine_tune_a_pretrained_base_whole_and_by_its_blocks(base_dir, text_file
         "smollm2-finetune",
         f"model.base={base_dir}",
         f"data.name={text_file}",
-        *SMALL[5:],
+        *TEXT_RECIPE[5:],
         "--no-report",
     ]
     assert main([*common, "--output-dir", str(tmp_path / "blocks")]) == 0
@@ -196,6 +173,16 @@ def test_sampling_options_reach_the_walk(run_dir, capsys):
     walk = ["--denoise", "--steps", "4", "--bridge", "argmax_row", "--grid", "karras", "--top-p", "0.9"]
     assert main(["sample", str(run_dir / "model"), "--prompt", "alpha ", *walk]) == 0
     assert capsys.readouterr().out.startswith("alpha ")
+
+
+def test_top_k_bounds_what_is_drawn(run_dir, capsys):
+    texts = []
+    for extra in (["--top-k", "1"], ["--temperature", "0"], ["--top-k", "1", "--denoise"], ["--top-k", "40"], []):
+        options = ["--prompt", "gamma ", "--max-new-tokens", "12", *extra]
+        assert main(["sample", str(run_dir / "model"), *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[4]  # the likeliest of one is the likeliest
+    assert texts[2].startswith("gamma ") and texts[3] == texts[4]  # 40 are more than there are characters
 
 
 def test_evaluate_gives_the_figures_of_the_run_again(run_dir, tmp_path, capsys):
@@ -232,7 +219,7 @@ def test_convert_computes_what_the_base_computes(base_dir, tmp_path, capsys):
 
 
 def test_plan_names_shared_parts_compute_and_what_to_do(text_file, capsys):
-    small = [*SMALL[:5], "data.block_length=32", f"data.name={text_file}", "training.max_steps=20"]
+    small = [*TEXT_RECIPE[:6], f"data.name={text_file}", "training.max_steps=20"]
     assert main(["plan", "pydoc-llama", *small]) == 0
     text = capsys.readouterr().out
     for words in ("embed_tokens.weight", "auxiliary layers", "forward only", "Do blocks pay here?", "train it instead"):
@@ -325,7 +312,8 @@ def test_lower_blocks_of_other_tokens(tmp_path):
 def test_an_empty_text_file_is_named(tmp_path, capsys):
     empty = tmp_path / "empty.txt"
     empty.write_text("")
-    assert main(["train", "pydoc-llama", *SMALL, f"data.name={empty}", "--output-dir", str(tmp_path / "run")]) == 2
+    command = ["train", "pydoc-llama", *TEXT_RECIPE, f"data.name={empty}", "--output-dir", str(tmp_path / "run")]
+    assert main(command) == 2
     assert f"{empty} is empty: there is no text" in " ".join(capsys.readouterr().err.split())
 
 
@@ -343,6 +331,8 @@ def test_why_a_tokenizer_cannot_be_loaded_is_said_to_the_end(tmp_path):
         (["--prompt", "alpha " * 20], ["64 positions"]),
         (["--prompt", "alpha", "--max-new-tokens", "0"], ["max_new_tokens=0"]),
         (["--prompt", "alpha", "--top-p", "1.5"], ["top_p=1.5"]),
+        (["--prompt", "alpha", "--top-k", "0"], ["top_k=0", "at least 1"]),
+        (["--prompt", "alpha", "--top-k", "5", "--temperature", "0"], ["--top-k", "--temperature 0", "leave one out"]),
         (["--prompt", "alpha", "--temperature", "-1"], ["temperature=-1"]),
         (["--prompt", "alpha", "--bridge", "argmax_row"], ["--denoise"]),
         (["--prompt", "alpha", "--denoise", "--bridge", "argmax"], ["argmax", "argmax_row"]),

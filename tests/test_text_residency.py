@@ -3,27 +3,9 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from hf_diffusionblocks.cli import main
-
-SMALL = [
-    "model.hidden_size=16",
-    "model.intermediate_size=24",
-    "model.num_hidden_layers=3",
-    "model.num_attention_heads=2",
-    "model.max_position_embeddings=64",
-    "data.block_length=32",
-    "data.test_fraction=0.2",
-    "training.max_steps=4",
-    "training.warmup_steps=1",
-    "training.save_steps=5",
-    "training.per_device_train_batch_size=4",
-    "training.disable_tqdm=true",
-    "sampling.prompts=['alpha ']",
-    "sampling.max_new_tokens=8",
-    "evaluation.rows=8",
-]
+from tiny_text import TEXT_RECIPE, words_file
 
 
 def block_files(model_dir: Path) -> dict[str, bytes]:
@@ -32,10 +14,9 @@ def block_files(model_dir: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory) -> list[str]:
-    path = tmp_path_factory.mktemp("text") / "words.txt"
-    picks = torch.randint(3, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-    path.write_text(" ".join(("alpha", "beta", "gamma")[i] for i in picks))
-    return ["train", "pydoc-llama", *SMALL, f"data.name={path}", "--output-dir"]
+    data = f"data.name={words_file(tmp_path_factory.mktemp('text'), 600)}"
+    short = ["training.max_steps=4", "training.save_steps=5"]
+    return ["train", "pydoc-llama", *TEXT_RECIPE, *short, data, "--output-dir"]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import jaxtyping
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hf_diffusionblocks.configuration import DiffusionBlocksConfig
@@ -71,6 +72,23 @@ def perturbed(model: Model, scale: float = 0.1, seed: int = 0) -> Model:
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
         parameter += scale * torch.randn(parameter.shape, generator=generator)
     return model
+
+
+def tiny_vae(latent_channels: int = 4, **settings: Any) -> AutoencoderKL:
+    """A VAE of RGB images with random weights, which halves their sides."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoencoderKL(
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=latent_channels,
+            **settings,
+        ).eval()
 
 
 # -- data --------------------------------------------------------------------------------------------------------

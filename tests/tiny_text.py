@@ -1,5 +1,6 @@
-"""Tiny language models for the tests: one of each kind of decoder that can be cut, and tokens for them."""
+"""Tiny language models for the tests: one of each kind of decoder that can be cut, and tokens and text for them."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,6 +42,33 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "qwen3": {"model_type": "qwen3", "head_dim": 8, "tie_word_embeddings": True},
 }
+# Settings of the recipe pydoc-llama under which a command takes a second.
+TEXT_RECIPE = [
+    "model.hidden_size=16",
+    "model.intermediate_size=24",
+    "model.num_hidden_layers=3",
+    "model.num_attention_heads=2",
+    "model.max_position_embeddings=64",
+    "data.block_length=32",
+    "data.test_fraction=0.2",
+    "training.max_steps=6",
+    "training.warmup_steps=1",
+    "training.save_steps=9",
+    "training.per_device_train_batch_size=4",
+    "training.disable_tqdm=true",
+    "sampling.prompts=['alpha ', 'beta ']",
+    "sampling.max_new_tokens=8",
+    "evaluation.rows=8",
+]
+_WORDS = ("alpha", "beta", "gamma", "delta", "epsilon", "zeta")
+
+
+def words_file(folder: Path, count: int = 1200) -> Path:
+    """A text of so many Greek letters' names, the same each time."""
+    path = folder / "words.txt"
+    picks = torch.randint(len(_WORDS), (count,), generator=torch.Generator().manual_seed(0)).tolist()
+    path.write_text(" ".join(_WORDS[i] for i in picks))
+    return path
 
 
 def base_config(architecture: str = "llama", num_layers: int = 6, **settings: Any) -> dict[str, Any]:
@@ -68,11 +96,12 @@ def blocked_lm(
     seed: int = 0,
     attention: str = "sdpa",
     perturbation: float = 0.1,
+    base: dict[str, Any] | None = None,
     **settings: Any,
 ) -> BlockedForCausalLM:
     """A blocked language model cut from :func:`base_lm`, in which nothing is zero-initialised any more."""
-    base = base_lm(architecture, num_layers, seed=seed, attention=attention)
-    return perturbed(BlockedForCausalLM.from_base(base, num_blocks, **settings), perturbation, seed).eval()
+    model = base_lm(architecture, num_layers, seed=seed, attention=attention, **(base or {}))
+    return perturbed(BlockedForCausalLM.from_base(model, num_blocks, **settings), perturbation, seed).eval()
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .families.dit import BlockedDiTConfig, BlockedDiTModel
     from .generation import denoising_generate
     from .memory import plan_memory
+    from .merging import merge_blocks
     from .noise import LogNormalNoise
     from .objectives import DenoisingScoreMatching, NextTokenPrediction, held_out_loss
     from .partition import BlockPartition
@@ -36,6 +37,7 @@ _MODULES = {
     "NextTokenPrediction": "objectives",
     "denoising_generate": "generation",
     "held_out_loss": "objectives",
+    "merge_blocks": "merging",
     "plan_memory": "memory",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "NextTokenPrediction",
     "denoising_generate",
     "held_out_loss",
+    "merge_blocks",
     "plan_memory",
 ]
 

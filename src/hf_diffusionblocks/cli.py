@@ -132,6 +132,7 @@ def _add_sample(commands: Any) -> None:
     text.add_argument("--prompt", action="append", help="what to go on from (repeatable); default: the recipe's")
     text.add_argument("--max-new-tokens", type=int, help="tokens to add")
     text.add_argument("--temperature", type=float, help="0: always the likeliest token")
+    text.add_argument("--top-k", type=int, help="draw from so many of the likeliest tokens")
     text.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold so much probability")
     text.add_argument("--denoise", action="store_true", help="sample along the noise grid instead of decoding from f")
     text.add_argument("--bridge", help="posterior_mean or argmax_row (with --denoise)")
@@ -307,7 +308,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 _IMAGE_OPTIONS = ("output_dir", "classes", "per_class", "guidance_scale", "solver")
-_TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_p", "denoise", "bridge")
+_TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "denoise", "bridge")
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -340,6 +341,12 @@ def _sample(args: argparse.Namespace) -> None:
         name = next(name for name, value in walk.items() if value is not None)
         raise ValueError(f"--{name} is for sampling along the noise grid: add --denoise, or leave it out.")
     greedy = args.temperature == 0
+    draws = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
+    for name in ("top_k", "top_p"):
+        if greedy and draws[name] is not None:
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} is for drawing tokens, --temperature 0 takes the likeliest: leave one out.")
+    drawn = any(value is not None for value in draws.values())
     jobs.sample_text(
         args.model,
         args.prompt,
@@ -347,9 +354,8 @@ def _sample(args: argparse.Namespace) -> None:
         args.seed,
         block_streaming=args.block_streaming,
         max_new_tokens=args.max_new_tokens,
-        do_sample=False if greedy else (True if args.temperature is not None else None),
-        temperature=None if greedy else args.temperature,
-        top_p=args.top_p,
+        do_sample=False if greedy else (True if drawn else None),
+        **draws | ({"temperature": None} if greedy else {}),
         mode="denoise" if args.denoise else None,
         **walk,
     )

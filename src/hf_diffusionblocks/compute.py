@@ -26,8 +26,7 @@ from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
 from .families.causal_lm_config import BlockedCausalLMConfig
-from .memory import _AnyValue
-from .memory_counting import set_mode
+from .memory_counting import AnyValue, set_mode
 from .modeling import BlockedPreTrainedModel
 from .objectives import default_objective
 from .suggest import unknown_name
@@ -178,7 +177,7 @@ def _count(
         set_mode(model, checkpointing, preserve_rng_state=False)
         batch = model.dummy_batch(batch_size, **batch_settings)
         batch.pop("hidden_states", None)  # what lower blocks give is computed here
-        with _AnyValue():
+        with AnyValue():
             for block in range(config.num_blocks):
                 shapes = tuple(tuple(p.shape) for _, p in model.block_parameters(block))
                 lower = _flops_below(model, block, batch)

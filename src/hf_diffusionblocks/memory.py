@@ -9,22 +9,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
 from .families.loading import blocked_config_of
 from .memory_counting import (
     KINDS,
+    AnyValue,
     MemoryUse,
     Precision,
     SavedTensors,
@@ -335,7 +333,7 @@ class _FakeStep:
         try:
             with FakeTensorMode(allow_non_fake_inputs=True):
                 model.to_empty(device=self.device)
-                with _AnyValue():
+                with AnyValue():
                     return self._peak(model, block, False), self._peak(model, block, True)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
@@ -354,22 +352,6 @@ class _FakeStep:
             if checkpointing:  # otherwise the forward pass's end is the peak
                 self.precision.backward(loss)
         return saved.peak
-
-
-class _AnyValue(TorchFunctionMode):
-    """Checks of values (labels, noise levels in range) read 1 from fake tensors, which have none."""
-
-    _READ = {"item": int, "__int__": int, "__index__": int, "__float__": float, "__bool__": bool}
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], FakeTensor):
-            if name in self._READ:
-                return self._READ[name](1)
-            if name in ("numpy", "tolist"):
-                ones = np.ones(tuple(args[0].shape))
-                return ones if name == "numpy" else ones.tolist()
-        return func(*args, **(kwargs or {}))
 
 
 __all__ = ["MemoryPlan", "MemoryRow", "MemoryUse", "measure_memory", "measure_step", "plan_memory"]

@@ -145,23 +145,6 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
                 f"Load it with from_pretrained(..., blocks=[{block}])."
             )
 
-    def drop_blocks(self, keep: Sequence[int]) -> None:
-        """Free all blocks but some, as if they had not been loaded.
-
-        Raises:
-            ValueError: if one to keep is not loaded, or blocks are streamed.
-        """
-        for block in keep:
-            self.check_loaded(block)
-        others = [b for b in self.resident_blocks if b not in set(keep)]
-        if others and self.streamer is not None:
-            raise ValueError(
-                f"blocks {others} cannot be dropped from a model whose blocks are streamed: make or load it with "
-                f"blocks={list(keep)}."
-            )
-        for block in others:
-            del self.blocks[str(block)]
-
     def block_parameters(self, block: int) -> Iterator[tuple[str, nn.Parameter]]:
         """Names (as in the state dict) and parameters of a block."""
         return self.block(block).named_parameters(prefix=f"blocks.{block}")

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from hf_diffusionblocks.data import ImageDataset, cache_latents, load_image_dataset
 from hf_diffusionblocks.data import images as data
+from tiny import tiny_vae
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -51,15 +52,7 @@ def write_idx(path, images: np.ndarray, labels: np.ndarray, prefix: str = "train
 
 @pytest.fixture(scope="module")
 def vae() -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        layers_per_block=1,
-        latent_channels=4,
-    ).eval()
+    return tiny_vae()
 
 
 @pytest.fixture

@@ -3,7 +3,8 @@
 import datasets
 import pytest
 
-from hf_diffusionblocks.data import load_documents, load_text_dataset
+from hf_diffusionblocks.data import load_documents, load_image_dataset, load_text_dataset
+from hf_diffusionblocks.data.scripts import script_error
 from hf_diffusionblocks.data.text_sources import check_utf8, read_text
 from hf_diffusionblocks.data.tokenizing import train_tokenizer
 
@@ -158,3 +159,16 @@ def test_unknown_sources(tmp_path):
 def test_directory_of_text_and_of_tables_is_not_guessed(folder):
     dataset(["a"]).to_parquet(folder / "a.parquet")
     error(r"holds .txt files and .parquet files.*\*\.txt", str(folder))
+
+
+def test_a_data_set_with_a_loading_script_says_how_to_get_its_rows(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "old.py").write_text("raise AssertionError('never run')\n")
+    message = "old has a loading script, which `datasets` 4 .*found old.py.*data.revision=refs/convert/parquet"
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match=message):
+            load_documents(str(tmp_path / "old"), streaming=streaming)
+    with pytest.raises(ValueError, match="has a loading script.*revision='refs/convert/parquet'"):
+        load_image_dataset(tmp_path / "old")
+    with pytest.raises(RuntimeError, match="something else"):
+        script_error("old", RuntimeError("something else"))

@@ -11,6 +11,7 @@ import hashlib
 import json
 import numbers
 import os
+import re
 import reprlib
 import struct
 import zlib
@@ -31,7 +32,9 @@ from tqdm.auto import tqdm
 
 from ..serialization import atomic_write
 from ..suggest import unknown_name
+from .image_folders import load_directory
 from .indexing import row_index
+from .scripts import script_error
 
 KNOWN_DATASETS = ("digits", "fashion-mnist")
 FASHION_MNIST_CLASSES = (
@@ -504,7 +507,10 @@ def open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
                     name, loading["data_files"] = path.suffix[1:], str(path)
                 if "data_dir" in loading:
                     loading["data_dir"] = str(loading["data_dir"])
-                source = datasets.load_dataset(name, split=split, **loading)
+                load = load_directory if path.is_dir() else datasets.load_dataset
+                source = load(name, split=split, **loading)
+        except RuntimeError as err:
+            raise script_error(source, err) from err
         except (OSError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as err:
             reason = str(err.__cause__ if isinstance(err, datasets.exceptions.DatasetGenerationError) else err)
             files = loading.get("data_files") or loading.get("data_dir")
@@ -515,7 +521,7 @@ def open_hub(source: Any, split: str, loading: dict[str, Any]) -> Any:
                 f"was not found on the Hub: {reason}"
             ) from err
         except ValueError as err:
-            if "split" not in str(err):
+            if not re.search("Unknown split|Bad split", str(err)):
                 raise
             raise ValueError(f"{source} has no split {split!r} (train_split= or test_split= names it): {err}") from err
     if isinstance(source, dict):  # DatasetDict, IterableDatasetDict

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..suggest import unknown_name
+from .scripts import script_error
 
 KNOWN_TEXTS = ("pydoc",)
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -229,6 +230,8 @@ def _load(name: str, loading: dict[str, Any], streaming: bool, saved: bool) -> A
         if path.suffix in _BUILDERS and path.is_file():
             builder, loading = _BUILDERS[path.suffix], {**loading, "data_files": name}
         return datasets.load_dataset(builder, config, streaming=streaming, **loading)
+    except RuntimeError as error:
+        raise script_error(name, error) from error
     except (OSError, ValueError, datasets.exceptions.DatasetsError, pyarrow.ArrowException) as error:
         reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
         files = loading.get("data_files")

@@ -40,7 +40,7 @@ from ..losses import linear_cross_entropy, linear_logits
 from ..modeling import BlockedPreTrainedModel
 from ..preconditioning import Coefficients
 from ..suggest import unknown_name
-from .causal_lm_block import CausalLMBlock, zero_output_projections
+from .causal_lm_block import CausalLMBlock, evaluating, zero_output_projections
 from .causal_lm_checks import check_denoising, check_generated_length, check_keywords, check_some_target, check_tokens
 from .causal_lm_config import PRESETS, BlockedCausalLMConfig, check_base_settings, config_fields
 from .causal_lm_conversion import check_same_function, copy_weights, decoder_of, resize_vocabulary
@@ -165,11 +165,15 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def context_of(self, block: int, input_ids: Int[Tensor, "batch tokens"], **kwargs: Any) -> Tensor:
-        """What a block's clean stream starts from, without gradient: the embeddings, or the lower blocks' output."""
+        """What a block's clean stream starts from, without gradient: the embeddings, or the lower blocks' output.
+
+        Lower blocks run as they will when the model is used, without dropout, whatever mode they are in.
+        """
         hidden = self.embed_tokens(input_ids)
         if self.config.context == "cascade":
             for lower in range(block):
-                hidden = self.clean_block(hidden, lower, **kwargs)
+                with evaluating(self.block(lower).model):
+                    hidden = self.clean_block(hidden, lower, **kwargs)
         return hidden
 
     def head_weight(self, block: int) -> Float[Tensor, "vocab width"]:

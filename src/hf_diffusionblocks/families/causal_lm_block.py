@@ -1,6 +1,7 @@
 """One block of a causal language model: transformers' own decoder of its layers, and what stands around it."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -83,3 +84,14 @@ def zero_output_projections(decoder: PreTrainedModel) -> None:
     for layer in decoder.layers:
         init.zeros_(layer.self_attn.o_proj.weight)
         init.zeros_(layer.mlp.down_proj.weight)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """A module in eval mode (no dropout, no checkpointing), and then in the mode that it was in."""
+    training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(training)

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from .. import serialization
+from ..evaluation import format_figures
 from ..merging import merge_run
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
@@ -99,3 +100,19 @@ def family_of(name_or_path: str) -> str:
         return "dit"
     kind = values.get("model_type")
     return "dit" if kind in (None, "blocked_dit") else "causal_lm"
+
+
+def say_figures(figures: dict[str, Any], output: str | None, say: Say) -> None:
+    """Print a table of figures, and write them to a JSON file if one is named."""
+    say(format_figures(figures))
+    if output is not None:
+        serialization.write_json(Path(output), figures)
+        say(f"written to {output}")
+
+
+def say_where(pictures: Iterable[tuple[str, Path]], model_dir: Path, usage: Iterable[str], say: Say) -> None:
+    """Print where a report's pictures and the model lie, and the lines that load it."""
+    for what, path in pictures:
+        say(f"{what + ':':<32}{path}")
+    for line in ("", f"saved model: {model_dir}", "load it:", *(f"    {line}" for line in usage)):
+        say(line)

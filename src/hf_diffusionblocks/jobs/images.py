@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import serialization
 from ..baselines.end_to_end import resolve_method
-from ..data import ImageDataset, cache_latents, load_image_dataset, open_image_dataset
+from ..data import ImageDataset, cache_latents, open_image_dataset
 from ..evaluation import format_figures, sample_images, score
 from ..families.dit import BlockedDiTModel
 from ..families.dit_conversion import load_components
@@ -16,10 +16,7 @@ from ..hub import model_card, write_model_card
 from ..modeling import format_block_parameters
 from ..pipelines import BlockedDiTPipeline, decode_latents
 from ..recipes import Recipe
-from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
-from ..training.parallel import my_blocks
-from ..training.residency import construction
 from .common import (
     FIGURES_DIR,
     FIGURES_NAME,
@@ -30,96 +27,15 @@ from .common import (
     merge_jobs,
     new_directory,
     pick_device,
+    say_figures,
+    say_where,
     trainer_says,
 )
-
-_LATENTS = "latents"  # where the recipes of latent models expect them
-
-
-def is_latent_source(name: Any) -> bool:
-    """Whether a directory holds cached latents, itself or in folders of splits."""
-    path = Path(str(name))
-    found = (file for pattern in ("", "*/") for file in path.glob(f"{pattern}latents*.safetensors"))
-    return path.is_dir() and next(found, None) is not None
-
-
-# -- pieces -------------------------------------------------------------------------------------------------------
-
-
-def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
-    """Training and held-out data of a recipe. Size and channels are the model's where the recipe gives none."""
-    data = recipe.data
-    size, channels = recipe.model.get("sample_size"), recipe.model.get("in_channels")
-    if is_latent_source(data.name) or "base" in recipe.model or channels not in (1, 3):
-        size = channels = None  # latents come as they are, and a base is loaded later
-    if data.name == "digits":  # 8 x 8 in every run: another size is a mistake
-        size = channels = None
-    common = {
-        "image_column": data.image_column,
-        "label_column": data.label_column,
-        "image_size": data.image_size or size,
-        "channels": data.channels or channels,
-        "data_dir": data.data_dir,
-        "max_samples": data.max_samples,
-        "scaling_factor": data.scaling_factor,
-    }
-
-    def load(key: str, name: str, files: str | None) -> ImageDataset:
-        try:
-            return load_image_dataset(data.name, name, data_files={name: files} if files else None, **common)
-        except ValueError as error:
-            if "split" in str(error) and key not in str(error):
-                raise ValueError(f"{error} The recipe's setting is {key}={name}.") from error
-            raise
-
-    return (
-        load("data.train_split", data.train_split, data.train_files),
-        load("data.test_split", data.test_split, data.test_files),
-    )
-
-
-def check_classes(data: ImageDataset, model: BlockedDiTModel) -> None:
-    """Raise a ``ValueError`` for data with more classes than the model has."""
-    if data.num_classes > model.config.num_classes:
-        raise ValueError(
-            f"the data have {data.num_classes} classes and the model {model.config.num_classes} (class_labels 0 to "
-            f"{model.config.num_classes - 1}): set model.num_embeds_ada_norm={data.num_classes}."
-        )
-
-
-def build_trainer(
-    recipe: Recipe,
-    train: ImageDataset,
-    held_out: ImageDataset | None,
-    *,
-    blocks: list[int] | None = None,
-    callbacks: list[Any] | None = None,
-) -> DiffusionBlocksTrainer:
-    """The trainer of a recipe. The model's initial weights follow from the training seed."""
-    args = recipe.training_arguments()
-    args.blocks = blocks
-    held = my_blocks(recipe.config(), args)
-    with torch.random.fork_rng(devices=[]), construction(args):
-        torch.manual_seed(args.seed)
-        model = recipe.build_model(held)
-    check_classes(train, model)
-    if train.class_names and len(train.class_names) == model.config.num_classes:
-        model.config.id2label = dict(enumerate(train.class_names))
-        model.config.label2id = {name: i for i, name in enumerate(train.class_names)}
-    teacher = None
-    if args.distillation_weight > 0:
-        if "base" not in recipe.model:
-            raise ValueError("training.distillation_weight needs model.base, the pretrained network to distil from.")
-        settings = {k: v for k, v in recipe.blocks.items() if k not in ("num_blocks", "layers_per_block", "edges")}
-        teacher = BlockedDiTModel.from_base(recipe.model["base"], num_blocks=1, **settings)
-    return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
-
-
-# -- commands -----------------------------------------------------------------------------------------------------
+from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_source, load_data, load_vae
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
+    """``diffusionblocks plan``; see :func:`hf_diffusionblocks.jobs.plan`."""
     from ..memory import plan_memory
 
     recipe = resolve_method(recipe)
@@ -147,11 +63,7 @@ def train(
     report: bool = True,
     say: Say = print,
 ) -> Path:
-    """``diffusionblocks train``: train, save the model, and (unless told otherwise) draw and score it.
-
-    Returns:
-        The directory of the saved model.
-    """
+    """``diffusionblocks train``; see :func:`hf_diffusionblocks.jobs.train`."""
     from ..plots import SampleGridCallback
 
     recipe = resolve_method(recipe)
@@ -263,13 +175,7 @@ def write_report(
     say("")
     say(format_figures(figures))
     say("")
-    for what, path in pictures:
-        say(f"{what + ':':<32}{path}")
-    say("")
-    say(f"saved model: {output / MODEL_DIR}")
-    say("load it:")
-    for line in usage_lines(output / MODEL_DIR, classes):
-        say(f"    {line}")
+    say_where(pictures, output / MODEL_DIR, usage_lines(output / MODEL_DIR, classes), say)
     return figures
 
 
@@ -325,23 +231,6 @@ def record_denoising(
         callback_on_step_end_tensor_inputs=("noisy", "denoised"),
     )
     return steps
-
-
-def load_vae(recipe: Recipe) -> Any:
-    """The recipe's VAE, or None for models of pixels."""
-    if recipe.sampling.vae is None:
-        return None
-    from diffusers import AutoencoderKL
-
-    try:
-        vae = AutoencoderKL.from_pretrained(recipe.sampling.vae)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"sampling.vae={recipe.sampling.vae!r} cannot be loaded: {error} Give the directory or Hub id of a "
-            "diffusers AutoencoderKL."
-        ) from error
-    vae.enable_slicing()  # decodes image by image: a batch of large ones would not fit
-    return vae.eval()
 
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
@@ -407,7 +296,7 @@ def sample(
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
-    """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
+    """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
     cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")
@@ -416,20 +305,17 @@ def evaluate(
     if vae is not None:
         vae.to(pipe.model.device)
     figures = score(pipe.model, recipe, train_data, test_data, cache_dir=cache, seed=seed, vae=vae, progress=True)
-    say(format_figures(figures))
-    if output is not None:
-        serialization.write_json(Path(output), figures)
-        say(f"written to {output}")
+    say_figures(figures, output, say)
     return figures
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
-    """``diffusionblocks encode``: VAE latents of a recipe's images, for training on them."""
+    """``diffusionblocks encode``; see :func:`hf_diffusionblocks.jobs.encode`."""
     vae = load_vae(recipe)
     if vae is None:
         raise ValueError(f"recipe {recipe.name!r} names no VAE: set sampling.vae to a directory or Hub id.")
     data = recipe.data
-    if is_latent_source(data.name) or data.name == _LATENTS:
+    if is_latent_source(data.name) or data.name == LATENTS:
         raise ValueError(
             f"data.name={data.name} stands for latents: name the images to encode, such as "
             "data.name=ILSVRC/imagenet-1k, once with --split train and once with --split validation."

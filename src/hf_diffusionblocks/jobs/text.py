@@ -20,7 +20,18 @@ from ..modeling import format_block_parameters
 from ..recipes import Recipe
 from ..training.checkpoint import find_checkpoints
 from .advice import advice, advice_values, small_model
-from .common import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, Say, merge_jobs, new_directory, trainer_says
+from .common import (
+    FIGURES_DIR,
+    FIGURES_NAME,
+    MODEL_DIR,
+    RECIPE_NAME,
+    Say,
+    merge_jobs,
+    new_directory,
+    say_figures,
+    say_where,
+    trainer_says,
+)
 from .text_pieces import (
     build_trainer,
     load_data,
@@ -208,13 +219,7 @@ def write_report(
     _write_card(model, recipe, output / MODEL_DIR, figures)
     for line in ("", str(table), "", format_figures(figures), "", f"sample ({_how(recipe)}):", "", samples[0][1], ""):
         say(line)
-    for what, path in pictures:
-        say(f"{what + ':':<32}{path}")
-    say("")
-    say(f"saved model: {output / MODEL_DIR}")
-    say("load it:")
-    for line in usage_lines(output / MODEL_DIR, recipe.sampling.prompts[0]):
-        say(f"    {line}")
+    say_where(pictures, output / MODEL_DIR, usage_lines(output / MODEL_DIR, recipe.sampling.prompts[0]), say)
     return figures
 
 
@@ -313,13 +318,10 @@ def sample_text(
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
-    """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's held-out text."""
+    """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
     model, tokenizer = load_model(model_dir)
     test_data = load_held_out(recipe, tokenizer)
     model.check_batch(test_data[[0]])
     figures = score_text(model, test_data, tokenizer, recipe.evaluation, seed=seed)
-    say(format_figures(figures))
-    if output is not None:
-        serialization.write_json(Path(output), figures)
-        say(f"written to {output}")
+    say_figures(figures, output, say)
     return figures

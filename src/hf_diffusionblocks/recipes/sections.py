@@ -42,7 +42,7 @@ class TextData:
             ``character``, or the base's own tokenizer where the recipe has a ``base``.
         vocab_size: number of tokens for ``bpe``.
         block_length: T, tokens per row.
-        revision, token: for ``datasets.load_dataset``.
+        config_name, revision: of a data set on the Hub.
         max_samples, max_test_samples: keep the first so many rows. A stream needs both: it has no length of its own.
     """
 

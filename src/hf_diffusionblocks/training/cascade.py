@@ -1,5 +1,6 @@
 """Blocks that build on each other: which may train, and what the lower ones give, computed once and kept on disk."""
 
+import errno
 import hashlib
 import itertools
 import json
@@ -20,6 +21,8 @@ from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import data_fingerprint, fetch
 
 _ROWS = 16  # rows per forward pass
+_ZEROS = 1 << 20  # bytes written at a time where a file's place cannot be reserved
+_CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def check_job(
@@ -121,18 +124,16 @@ def lower_outputs(
         return WithLowerOutputs(dataset, path, shape)
     for left in folder.glob(".block-*"):  # by a kill
         left.unlink()
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     temporary = folder / f".block-{block:02d}.writing"
-    with open(temporary, "wb") as file:  # reserve it: writing to a map on a full disk would kill the process
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            temporary.unlink()
-            raise OSError(
-                f"{size:,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
-                "disk space, or use lower_outputs='recompute'."
-            ) from error
+    try:
+        _reserve(temporary, size)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(
+            f"{size:,} bytes of lower blocks' outputs do not fit in {folder}: {error}. Free "
+            "disk space, or use lower_outputs='recompute'."
+        ) from error
     rows = np.memmap(temporary, dtype=np.uint16, mode="r+", shape=shape)
     starts = range(0, len(dataset), _ROWS)
     for start in tqdm(starts, desc=f"outputs below block {block}", unit="batch", disable=quiet):
@@ -149,8 +150,30 @@ def lower_outputs(
     for lower in range(block):
         for name in (f"block-{lower:02d}.json", f"block-{lower:02d}.bin"):
             (folder / name).unlink(missing_ok=True)
-    model.train(training)
     return WithLowerOutputs(dataset, path, shape)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """Make a file of so many bytes that has its place on the disk: writing to a map on a full one kills the process.
+
+    Where the system (macOS, Windows) or the file system cannot reserve, zeros are written.
+
+    Raises:
+        OSError: if the disk is full.
+    """
+    with open(path, "wb") as file:
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+                return
+            except OSError as error:
+                if error.errno not in _CANNOT_RESERVE:
+                    raise
+        zeros = bytes(min(size, _ZEROS))
+        for start in range(0, size, _ZEROS):
+            file.write(zeros[: size - start])
+        file.flush()
+        os.fsync(file.fileno())  # some file systems find no room only then
 
 
 def _read(note: Path) -> Any:

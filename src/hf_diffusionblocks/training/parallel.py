@@ -270,6 +270,24 @@ def _fsdp_plugin(args: DiffusionBlocksTrainingArguments) -> FullyShardedDataPara
     return plugin
 
 
+def keep_blocks(model: BlockedPreTrainedModel, blocks: Sequence[int]) -> None:
+    """Free all blocks of a model but some, as if the others had not been loaded.
+
+    Raises:
+        ValueError: if one to keep is not loaded, or others are and blocks are streamed.
+    """
+    for block in blocks:
+        model.check_loaded(block)
+    others = [b for b in model.resident_blocks if b not in blocks]
+    if others and model.streamer is not None:
+        raise ValueError(
+            f"blocks {others} cannot be dropped from a model whose blocks are streamed: make or load it with "
+            f"blocks={list(blocks)}."
+        )
+    for block in others:
+        del model.blocks[str(block)]
+
+
 # -- tensors that may be sharded ----------------------------------------------------------------------------------
 
 

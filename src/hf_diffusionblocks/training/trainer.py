@@ -3,17 +3,12 @@
 import contextlib
 import json
 import os
-import signal
-import threading
 import time
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.utils import ProjectConfiguration
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
@@ -27,7 +22,7 @@ from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs, mark_trained
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
-from .parallel import Group, make_accelerator
+from .parallel import Group, keep_blocks, make_accelerator
 from .residency import make_residency
 from .run_files import (
     EVALUATIONS_NAME,
@@ -38,10 +33,8 @@ from .run_files import (
     set_aside,
     truncate_log,
 )
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or the gradient norm became NaN or infinite."""
+from .stopping import StopRequest
+from .update_log import NonFiniteLossError, append_rows, block_means, last_losses, read_rows
 
 
 class DiffusionBlocksTrainer:
@@ -93,7 +86,7 @@ class DiffusionBlocksTrainer:
         several = self.accelerator.num_processes > 1
         self.group = Group.make(model.config, args, self.accelerator) if several else None
         if several and self.group.alone:  # other processes have the others
-            model.drop_blocks(self.group.blocks)
+            keep_blocks(model, self.group.blocks)
         self.residency = make_residency(model, args, self.accelerator.device)
         if teacher is not None:
             teacher.to(self.accelerator.device)
@@ -148,7 +141,7 @@ class DiffusionBlocksTrainer:
         self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
         self.callbacks = list(callbacks or [])
         self._pending: list[dict[str, Any]] = []
-        self._stop_signal: str | None = None
+        self._stop = StopRequest()
         self.training_seconds = 0.0
 
     def _prepare_model(self) -> None:
@@ -206,10 +199,10 @@ class DiffusionBlocksTrainer:
             unit="update",
             disable=self.args.disable_tqdm or not self.group.is_leader,
         )
-        with bar, self._finish_update_on_signal():
+        with bar, self._stop.listening():
             while self.iteration < len(self.schedule):
                 self._iterate(bar)
-                if self._stop_signal is not None or self.control.should_training_stop:
+                if self._stop.by is not None or self.control.should_training_stop:
                     break
         self._flush()
         self.training_seconds += time.perf_counter() - start
@@ -218,10 +211,10 @@ class DiffusionBlocksTrainer:
         saved = find_checkpoints(self.output_dir)
         if self.group.any(not saved or saved[-1].name != self._name)[0]:
             self._save_checkpoint()
-        if self._stop_signal is not None:
-            number, self._stop_signal = self._stop_signal, None
+        if self._stop.by is not None:
+            where = self.output_dir / self._name
             raise KeyboardInterrupt(
-                f"stopped by {number} after iteration {self.iteration}; saved in {self.output_dir / self._name}"
+                f"stopped by {self._stop.take()} after iteration {self.iteration}; saved in {where}"
             )
         if finished and self.eval_dataset is not None and self._can_evaluate:
             self.evaluate()
@@ -266,12 +259,12 @@ class DiffusionBlocksTrainer:
 
     def _agree(self) -> None:
         """What one process of a group is asked to do, all do, after the same update."""
-        control, stop = self.control, self._stop_signal is not None
+        control, stop = self.control, self._stop.by is not None
         stop, control.should_training_stop, control.should_save, control.should_evaluate = self.group.any(
             stop, control.should_training_stop, control.should_save, control.should_evaluate
         )
-        if stop and self._stop_signal is None:
-            self._stop_signal = "another process"
+        if stop and self._stop.by is None:
+            self._stop.by = "another process"
 
     def _keep_good_state(self) -> str:
         """Before the run ends at an update that could not be made: save what was learned so far, and say where."""
@@ -311,28 +304,10 @@ class DiffusionBlocksTrainer:
         pending, self._pending = self._pending, []
         if not pending:
             return {}
-        rows = []
-        first = self.iteration - len(pending)
-        for offset, record in enumerate(pending):
-            sigma = record.pop("sigma")
-            row = {k: (v.item() if isinstance(v, Tensor) else v) for k, v in record.items()}
-            row["iteration"] = first + offset + 1
-            if not all(torch.isfinite(torch.tensor(row[k])) for k in ("loss", "grad_norm")):
-                raise NonFiniteLossError(
-                    f"the loss of block {row['block']} became {row['loss']} (gradient norm {row['grad_norm']}) in its "
-                    f"update {row['update']} (iteration {row['iteration']}), with noise levels from "
-                    f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. {self._last_checkpoint()} "
-                    "Lower the learning rate, clip the gradient, or check the data."
-                )
-            rows.append(row)
+        rows = read_rows(pending, self.iteration, self._last_checkpoint())
         if self.group.is_leader:
-            with open(self.output_dir / UPDATES_NAME, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(row) + "\n" for row in rows))
-        means: dict[str, float] = {}
-        for block in sorted({row["block"] for row in rows}):
-            mine = [row for row in rows if row["block"] == block]
-            for name in mine[0].keys() - {"block", "update", "iteration"}:
-                means[f"{name}/block_{block}"] = sum(row[name] for row in mine) / len(mine)
+            append_rows(self.output_dir / UPDATES_NAME, rows)
+        means = block_means(rows)
         self._track(means)
         self._notify("on_log", logs=means)
         return means
@@ -347,25 +322,6 @@ class DiffusionBlocksTrainer:
         if found:
             return f"The last good checkpoint is {found[-1]}."
         return f"No checkpoint had been written (save_steps={self.args.save_steps}; give a smaller one to have some)."
-
-    @contextlib.contextmanager
-    def _finish_update_on_signal(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current update, with a checkpoint; a second one at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request(number: int, _frame: Any) -> None:
-            if self._stop_signal is not None:
-                raise KeyboardInterrupt
-            self._stop_signal = f"signal {number}"
-
-        old = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     # -- held-out figures ----------------------------------------------------------------------------------------
 
@@ -392,25 +348,18 @@ class DiffusionBlocksTrainer:
         values |= {f"eval_loss/block_{b}": v for b, v in enumerate(result.per_range)}
         if self.group.is_leader:
             self.output_dir.mkdir(parents=True, exist_ok=True)
-            with open(self.output_dir / EVALUATIONS_NAME, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"iteration": self.iteration, **values}) + "\n")
+            append_rows(self.output_dir / EVALUATIONS_NAME, [{"iteration": self.iteration, **values}])
         self._track(values)
         self._notify("on_evaluate", metrics=values)
         return result
 
     def summary(self) -> dict[str, Any]:
         """Iterations, updates per block, seconds of this process's training, mean loss of each block's last updates."""
-        losses: dict[int, list[float]] = {}
-        path = self.output_dir / UPDATES_NAME
-        if path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                losses.setdefault(row["block"], []).append(row["loss"])
         return {
             "iterations": self.iteration,
             "updates_per_block": {block: trainer.updates for block, trainer in self.trainers.items()},
             "training_seconds": self.training_seconds,
-            "last_losses": {b: sum(v[-50:]) / len(v[-50:]) for b, v in sorted(losses.items())},
+            "last_losses": last_losses(self.output_dir / UPDATES_NAME),
         }
 
     # -- saving and resuming -------------------------------------------------------------------------------------
@@ -451,16 +400,8 @@ class DiffusionBlocksTrainer:
     def _save_checkpoint(self) -> None:
         self._flush()
         keep = self.args.save_total_limit
-        write_checkpoint(
-            self.output_dir,
-            self.iteration,
-            self.model,
-            self.trainers,
-            self.identity,
-            keep,
-            self.residency,
-            self.group,
-        )
+        run = (self.output_dir, self.iteration, self.model, self.trainers, self.identity)
+        write_checkpoint(*run, keep, self.residency, self.group)
         self._notify("on_save")
 
     def _resume(self, resume: str | os.PathLike | bool | None) -> None:
@@ -483,3 +424,6 @@ class DiffusionBlocksTrainer:
         for name in (UPDATES_NAME, EVALUATIONS_NAME):
             if self.group.is_leader:
                 truncate_log(self.output_dir / name, self.iteration)
+
+
+__all__ = ["DiffusionBlocksTrainer", "NonFiniteLossError"]

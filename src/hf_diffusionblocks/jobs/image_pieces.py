@@ -1,0 +1,128 @@
+"""Data, model, VAE and trainer of a recipe of images."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import ImageDataset, load_image_dataset
+from ..families.dit import BlockedDiTModel
+from ..recipes import Recipe
+from ..training import DiffusionBlocksTrainer
+from ..training.parallel import my_blocks
+from ..training.residency import construction
+
+LATENTS = "latents"  # where the recipes of latent models expect them
+
+
+def is_latent_source(name: Any) -> bool:
+    """Whether a directory holds cached latents, itself or in folders of splits."""
+    path = Path(str(name))
+    found = (file for pattern in ("", "*/") for file in path.glob(f"{pattern}latents*.safetensors"))
+    return path.is_dir() and next(found, None) is not None
+
+
+def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
+    """Training and held-out data of a recipe. Size and channels are the model's where the recipe gives none."""
+    data = recipe.data
+    size, channels = recipe.model.get("sample_size"), recipe.model.get("in_channels")
+    if is_latent_source(data.name) or "base" in recipe.model or channels not in (1, 3):
+        size = channels = None  # latents come as they are, and a base is loaded later
+    if data.name == "digits":  # 8 x 8 in every run: another size is a mistake
+        size = channels = None
+    common = {
+        "image_column": data.image_column,
+        "label_column": data.label_column,
+        "image_size": data.image_size or size,
+        "channels": data.channels or channels,
+        "data_dir": data.data_dir,
+        "max_samples": data.max_samples,
+        "scaling_factor": data.scaling_factor,
+    }
+
+    def load(key: str, name: str, files: str | None) -> ImageDataset:
+        try:
+            return load_image_dataset(data.name, name, data_files={name: files} if files else None, **common)
+        except ValueError as error:
+            if "has no split" in str(error) or "unknown split" in str(error):
+                raise ValueError(f"{error} {_split_advice(key, name)}") from error
+            raise
+
+    train = load("data.train_split", data.train_split, data.train_files)
+    test = load("data.test_split", data.test_split, data.test_files)
+    if any(a != b for a, b in zip(test.class_names, train.class_names, strict=False)):
+        raise ValueError(
+            f"the classes of data.test_split={data.test_split} are {_names(test)}, those of data.train_split="
+            f"{data.train_split} {_names(train)}: the same label would mean another class. Give both the same class "
+            "folders, or label columns with the same names."
+        )
+    return train, test
+
+
+def _split_advice(key: str, name: str) -> str:
+    """How to mend a split that is not there, in the words of a recipe."""
+    advice = f"The recipe's setting is {key}={name}: name another one"
+    if key == "data.test_split":
+        advice += (
+            ", or its files with data.test_files= (a pattern such as held-out/*/*.png). data.test_split=train scores "
+            "on the training images"
+        )
+    return advice + "."
+
+
+def _names(data: ImageDataset) -> str:
+    return ", ".join(data.class_names[:8]) + (", ..." if data.num_classes > 8 else "")
+
+
+def check_classes(data: ImageDataset, model: BlockedDiTModel) -> None:
+    """Raise a ``ValueError`` for data with more classes than the model has."""
+    if data.num_classes > model.config.num_classes:
+        raise ValueError(
+            f"the data have {data.num_classes} classes and the model {model.config.num_classes} (class_labels 0 to "
+            f"{model.config.num_classes - 1}): set model.num_embeds_ada_norm={data.num_classes}."
+        )
+
+
+def build_trainer(
+    recipe: Recipe,
+    train: ImageDataset,
+    held_out: ImageDataset | None,
+    *,
+    blocks: list[int] | None = None,
+    callbacks: list[Any] | None = None,
+) -> DiffusionBlocksTrainer:
+    """The trainer of a recipe. The model's initial weights follow from the training seed."""
+    args = recipe.training_arguments()
+    args.blocks = blocks
+    held = my_blocks(recipe.config(), args)
+    with torch.random.fork_rng(devices=[]), construction(args):
+        torch.manual_seed(args.seed)
+        model = recipe.build_model(held)
+    check_classes(train, model)
+    if train.class_names and len(train.class_names) == model.config.num_classes:
+        model.config.id2label = dict(enumerate(train.class_names))
+        model.config.label2id = {name: i for i, name in enumerate(train.class_names)}
+    teacher = None
+    if args.distillation_weight > 0:
+        if "base" not in recipe.model:
+            raise ValueError("training.distillation_weight needs model.base, the pretrained network to distil from.")
+        settings = {k: v for k, v in recipe.blocks.items() if k not in ("num_blocks", "layers_per_block", "edges")}
+        teacher = BlockedDiTModel.from_base(recipe.model["base"], num_blocks=1, **settings)
+    return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
+
+
+def load_vae(recipe: Recipe) -> Any:
+    """The recipe's VAE, or None for models of pixels."""
+    if recipe.sampling.vae is None:
+        return None
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(recipe.sampling.vae)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"sampling.vae={recipe.sampling.vae!r} cannot be loaded: {error} Give the directory or Hub id of a "
+            "diffusers AutoencoderKL."
+        ) from error
+    vae.enable_slicing()  # decodes image by image: a batch of large ones would not fit
+    return vae.eval()
