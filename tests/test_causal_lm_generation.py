@@ -142,3 +142,34 @@ def test_the_text_generation_pipeline_runs(readout):
     if readout == "clean":
         base = pipeline("text-generation", model=base_lm(), tokenizer=tokenizer)(texts, **settings)
         assert found == base
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_single_step_gives_the_decoders_logits_bit_for_bit(architecture, attention, monkeypatch):
+    """Without padding or a window, one new token runs through the layers alone; otherwise through the decoders."""
+    model = BlockedForCausalLM.from_base(base_lm(architecture, attention=attention)).eval()
+    steps, ids, single = [], tokens(2, 9), BlockedForCausalLM.single_step
+
+    def logits() -> Tensor:
+        with torch.no_grad():
+            cache = model(ids[:, :6]).past_key_values
+            return torch.cat(
+                [model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits for i in range(6, 9)]
+            )
+
+    monkeypatch.setattr(BlockedForCausalLM, "single_step", lambda *args: steps.append(single(*args)) or steps[-1])
+    fast = logits()
+    windowed = bool(model.config.base_config.get("sliding_window"))
+    assert [step is not None for step in steps] == [False] + [not windowed] * 3  # the prompt is not one token
+    monkeypatch.setattr(BlockedForCausalLM, "single_step", lambda *args: None)
+    assert torch.equal(fast, logits())
+
+
+def test_padding_takes_the_decoders_way(monkeypatch):
+    model = BlockedForCausalLM.from_base(base_lm()).eval()
+    found, single = [], BlockedForCausalLM.single_step
+    monkeypatch.setattr(BlockedForCausalLM, "single_step", lambda *args: found.append(single(*args)) or found[-1])
+    ids, mask = prompts()
+    generated(model, ids, attention_mask=mask, do_sample=False, eos_token_id=VOCAB_SIZE)
+    assert len(found) == 8 and all(step is None for step in found)

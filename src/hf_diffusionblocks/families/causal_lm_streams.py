@@ -81,11 +81,17 @@ class TokenStreams:
             cos, sin = rope(model.embed_tokens.weight, torch.cat([self.position_ids, self.position_ids + 1], dim=1))
             self._positions = {2: (cos, sin), 1: (cos[:, 1:], sin[:, 1:])}
             self._masks = _masks(attention_mask, position_ids.shape[1], position_ids.device)
+        self._single: tuple[Tensor, Tensor] | None = None
+        self._single_known = model.config.two_stream or new > 1
 
     def clean(self, block: int, hidden: Float[Tensor, "batch new width"]) -> Float[Tensor, "batch new width"]:
         """A block's layers on the clean tokens, before the norm."""
         places = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
-        return self.model.clean_block(hidden, block, past_key_values=self.cache, **places)
+        if not self._single_known:
+            self._single, self._single_known = self.model.single_step(hidden, self.cache, **places), True
+        return self.model.clean_block(
+            hidden, block, past_key_values=self.cache, position_embeddings=self._single, **places
+        )
 
     def both(
         self, block: int, step: NoiseStep, hidden: Float[Tensor, "batch new width"], z: Float[Tensor, "batch width"]
