@@ -59,7 +59,7 @@ def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def family_of(name_or_path: str) -> str:
+def family_of(name_or_path: str, **hub: Any) -> str:
     """``causal_lm`` for a language model, blocked or not, by its ``config.json``; else ``dit``.
 
     What cannot be read counts as ``dit``, whose loader says what is missing.
@@ -68,7 +68,7 @@ def family_of(name_or_path: str) -> str:
         ValueError: for a ``model_type`` that is none.
     """
     try:
-        values, _ = read_config(name_or_path)
+        values, _ = read_config(name_or_path, **hub)
     except (OSError, ValueError):
         return "dit"
     if "model_type" not in values:
