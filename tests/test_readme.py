@@ -1,13 +1,19 @@
 """Every Python line of the README runs, every command in it parses, every recipe and file it names exists."""
 
+import contextlib
+import io
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
+from hf_diffusionblocks import BlockedDiTPipeline
 from hf_diffusionblocks.cli import build_parser
 from hf_diffusionblocks.recipes import load_recipe, recipe_names
+from hf_diffusionblocks.serialization import block_file
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,13 +29,56 @@ def commands() -> list[str]:
     return [c for c in [*lines, *inline] if c.startswith("diffusionblocks ")]
 
 
-def test_python_blocks_run_in_order(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory) -> dict:
+    """What the Python blocks leave, run in order, and what they print (``said``) and write (``folder``)."""
     namespace: dict = {}
-    for block in blocks("python"):
-        exec(block, namespace)
-    assert len(namespace["images"]) == 4
-    assert namespace["block"].resident_blocks == (1,)
+    folder, said = tmp_path_factory.mktemp("readme"), io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(said):
+        for block in blocks("python"):
+            exec(block, namespace)
+    return namespace | {"said": said.getvalue(), "folder": folder}
+
+
+def test_python_blocks_run_in_order(ran):
+    assert len(ran["images"]) == 4
+    assert ran["block"].resident_blocks == (1,)
+    assert ran["half"].dtype == torch.bfloat16
+
+
+def test_the_callback_sees_every_step_and_its_block(ran):
+    steps = re.findall(r"step (\d) from sigma ([\d.]+), block (\d)", ran["said"])
+    assert [int(step) for step, _, _ in steps] == list(range(6))
+    assert [int(block) for *_, block in steps] == sorted(int(block) for *_, block in steps)
+    assert float(steps[0][1]) == ran["pipe"].model.partition.edges[0] == 80
+
+
+def test_merged_blocks_are_the_model(ran):
+    whole, merged = (ran["folder"] / "runs" / name for name in ("mine/model", "mine-merged"))
+    for b in range(3):
+        assert (whole / block_file(b)).read_bytes() == (merged / block_file(b)).read_bytes()
+
+
+def test_diffusers_own_loader_does_not_find_the_pipeline(ran):
+    """As the README says. Should diffusers find it one day, the sentence can go."""
+    directory = ran["folder"] / "runs" / "mine" / "model"
+    BlockedDiTPipeline(ran["pipe"].model).save_index(directory)
+    with pytest.raises(AttributeError, match="diffusers has no attribute BlockedDiTPipeline"):
+        DiffusionPipeline.from_pretrained(directory)
+    assert isinstance(BlockedDiTPipeline.from_pretrained(directory), BlockedDiTPipeline)
+
+
+def test_a_cache_of_another_batch_is_refused_by_its_size_only(ran):
+    model = ran["model"].eval()
+    ours, theirs = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8, 9], [10, 11, 12]])
+    next_token = torch.tensor([[13], [14]])
+    known = model(torch.cat([ours, next_token], dim=1)).logits[:, -1]
+    for batch, same in ((ours, True), (theirs, False)):
+        cache = model(batch, use_cache=True).past_key_values
+        logits = model(next_token, past_key_values=cache).logits[:, -1]
+        assert torch.allclose(logits, known, atol=1e-5) == same
+    with pytest.raises(ValueError, match="it is another batch's cache"):
+        model(next_token[:1], past_key_values=model(ours, use_cache=True).past_key_values)
 
 
 def test_there_are_commands():

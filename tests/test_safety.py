@@ -20,7 +20,10 @@ from transformers import AutoModel
 
 from hf_diffusionblocks import BlockedDiTModel, BlockedDiTPipeline
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
+from hf_diffusionblocks.families.loading import blocked_config_of
+from hf_diffusionblocks.jobs import family_of
 from hf_diffusionblocks.merging import merge_blocks
+from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.serialization import INDEX_NAME, SHARED_NAME, block_file, read_index, sha256
 from hf_diffusionblocks.training import checkpoint as checkpoint_module
 from runs import make_trainer, reset_accelerate
@@ -157,6 +160,67 @@ def test_json_that_is_nested_without_end_or_names_a_key_twice(originals, tmp_pat
 
 
 # -- indexes -----------------------------------------------------------------------------------------------------
+
+
+HOSTILE_TYPES = ["blocked_ditt", "BLOCKED_DIT", "", 3, 1.5, True, None, ["blocked_dit"], {"a": 1}, "llama", "x" * 500]
+
+
+@pytest.mark.parametrize("value", HOSTILE_TYPES, ids=lambda value: repr(value)[:20])
+@pytest.mark.parametrize("family", MODELS)
+def test_a_model_type_that_is_not_the_family_s_is_one_clear_error(originals, tmp_path, family, value):
+    model, kind = MODELS[family], MODELS[family].config_class.model_type
+    with copied(originals[family], tmp_path) as directory:
+        change_json(directory / "config.json", "model_type", value=value)
+        ways = [
+            lambda: model.from_pretrained(directory),
+            lambda: model.from_pretrained(directory, blocks=[1]),
+            lambda: model.from_pretrained(directory, block_streaming="host"),
+            lambda: model.config_class.from_pretrained(directory),
+        ]
+        if family == "dit":
+            ways.append(lambda: BlockedDiTPipeline.from_pretrained(directory))
+        for load in ways:
+            with pytest.raises(ValueError, match=f"which must be {kind!r}") as error:
+                load()
+            said = str(error.value)
+            assert "\n" not in said and len(said) < 300 and f"model_type={value!r}"[:60] in said, said
+        with pytest.raises(ValueError, match="'blocked_dit' or 'blocked_causal_lm'|no blocks to merge"):
+            merge_blocks([directory], tmp_path / "merged")
+        if value != "llama":
+            for look in (blocked_config_of, family_of):
+                with pytest.raises(ValueError, match="which must be a type that transformers knows, such as 'llama'"):
+                    look(str(directory))
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_the_other_family_s_model_is_not_loaded(originals, family):
+    other = MODELS["lm" if family == "dit" else "dit"]
+    with pytest.raises(ValueError, match="has model_type='blocked_.*', which must be 'blocked_"):
+        other.from_pretrained(originals[family])
+
+
+@pytest.mark.parametrize("value", [3, ["llama"], {"llama": 1}, "lama"])
+def test_a_base_s_model_type_may_be_a_stranger_s_too(originals, tmp_path, value):
+    with copied(originals["lm"], tmp_path) as directory:
+        change_json(directory / "config.json", "base_config", "model_type", value=value)
+        base = json.loads((directory / "config.json").read_text())["base_config"]
+        with pytest.raises(ValueError, match="base_config's model_type="):
+            BlockedForCausalLM.from_pretrained(directory)
+    with pytest.raises(ValueError, match="model_type"):
+        BlockedForCausalLM.from_base(base)
+    with pytest.raises(ValueError, match="the base's config has model_type="):
+        blocked_config_of(base)
+    with pytest.raises(ValueError, match="unknown model.model_type"):
+        load_recipe("pydoc-llama", [f"model.model_type={json.dumps(value)}"])
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"blocked_dit"'])
+def test_a_config_that_is_no_mapping(originals, tmp_path, text):
+    with copied(originals["dit"], tmp_path) as directory:
+        (directory / "config.json").write_text(text)
+        for load in (BlockedDiTModel.from_pretrained, blocked_config_of, lambda d: merge_blocks([d], tmp_path / "m")):
+            with pytest.raises(ValueError, match="config.json"):
+                load(directory)
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
+_CONVERT_SETTINGS = "fields of the blocked model's config; dtype, revision, token, cache_dir: how to load the base"
+
+
 def _add_convert(commands: Any) -> None:
     parser = _command(
         commands,
@@ -164,7 +167,7 @@ def _add_convert(commands: Any) -> None:
         "  diffusionblocks convert path/to/dit --num-blocks 3 --output-dir out preconditioning=edm overlap=0.1",
     )
     parser.add_argument("base", help="directory or Hub id of a DiT or of a causal language model")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="fields of the blocked model's config")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help=_CONVERT_SETTINGS)
     parser.add_argument("--num-blocks", type=int, default=3, help="B (default: %(default)s)")
     parser.add_argument("--output-dir", required=True, help="a new directory")
 

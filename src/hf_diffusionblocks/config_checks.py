@@ -4,10 +4,11 @@ A ``config.json`` may come from anyone. What these checks let through is cheap t
 of the config's own checks can rely on numbers being numbers.
 """
 
+import difflib
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -109,6 +110,29 @@ def check_dtype(dtype: Any) -> None:
         known = known if isinstance(known, torch.dtype) else None
     if dtype is not None and (known is None or not known.is_floating_point):
         raise ValueError(f"dtype={_short(dtype)} must be a floating-point dtype, such as 'float32' or 'bfloat16'.")
+
+
+def check_model_type(value: Any, place: Any, allowed: Collection[str]) -> None:
+    """Check the ``model_type`` of a config that was written by anyone.
+
+    Args:
+        value: of the config.
+        place: where it stands, for the message.
+        allowed: the types that can be; many are not all named.
+
+    Raises:
+        ValueError: naming the value, where it stands, and what is allowed.
+    """
+    allowed = list(allowed)
+    if isinstance(value, str) and value in allowed:
+        return
+    if len(allowed) <= 5:
+        names, near = " or ".join(map(repr, allowed)), []
+    else:
+        names = "a type that transformers knows, such as 'llama' or 'blocked_dit'"
+        near = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{place} has model_type={_short(value)}, which must be {names}.{hint}")
 
 
 def _holds(value: Any, kind: Any) -> bool:

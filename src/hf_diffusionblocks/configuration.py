@@ -1,5 +1,6 @@
 """The config of every blocked model: base config, partition and preconditioning. `config.json` is the whole truth."""
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -10,6 +11,7 @@ from .config_checks import (
     MAX_TIMESTEPS,
     check_dtype,
     check_fields,
+    check_model_type,
     check_number_of_layers,
     check_numbers,
     check_sizes,
@@ -26,6 +28,24 @@ _NEED_EDGES = {
     "explicit": "B + 1 noise levels from sigma_max down to sigma_min.",
     "equal_information": "those of the partition that equal_information_partition makes from a trained pilot model.",
 }
+
+
+def read_config(
+    name: Any, read: Callable[..., Any] = PreTrainedConfig.get_config_dict, **kwargs: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings in a ``config.json`` and what is left of the arguments, as transformers reads them.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it holds no settings.
+    """
+    try:
+        values, kwargs = read(name, **kwargs)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json in {name} holds no settings: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config.json in {name} holds no settings, but {values!r:.60}.")
+    return values, kwargs
 
 
 class DiffusionBlocksConfig(PreTrainedConfig):
@@ -94,6 +114,17 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         self.noise = {name: getattr(partition.noise, name) for name in ("p_mean", "p_std", "sigma_min", "sigma_max")}
         self.edges = list(partition.edges)
         self.layers_per_block = list(partition.layers_per_block)
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; a ``ValueError`` for a config of another type of model, which transformers would take."""
+        name = pretrained_model_name_or_path
+        values, kwargs = read_config(name, super().get_config_dict, **kwargs)
+        if "model_type" in values:
+            check_model_type(values["model_type"], f"config.json in {name}", (cls.model_type,))
+        return values, kwargs
 
     def _check_types(self) -> None:
         """A config may come from anyone: everything has its type, numbers are finite, nothing is nested without end."""

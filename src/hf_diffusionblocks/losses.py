@@ -2,7 +2,8 @@
 
 The logits of N tokens over V classes in float32 take 4 N V bytes (8 x 1024 tokens at a vocabulary of 49k: 1.6 GB), more
 than all activations of a block. Here a chunk's logits are computed, used and dropped, and computed again in the
-backward pass.
+backward pass. Where all fit into one chunk they are kept: the backward pass, which begins with the head, would hold as
+much anyway.
 """
 
 from collections.abc import Sequence

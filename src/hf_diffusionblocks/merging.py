@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
 
 from . import serialization
 from .agreement import first_difference
+from .auto_classes import CONFIGS
+from .config_checks import check_model_type
 from .configuration import DiffusionBlocksConfig
 from .serialization import INDEX_NAME, SHARED_NAME, block_file
 from .weight_headers import check_shapes, payload_bytes
@@ -219,6 +221,9 @@ def read_part(directory: Path) -> Part:
 
 
 def _config_of(values: dict[str, Any], place: Path) -> DiffusionBlocksConfig:
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        check_model_type(kind, place / "config.json", CONFIGS)
     try:
         # auto_map names code of a repository, which is never run
         config = AutoConfig.for_model(**{k: v for k, v in values.items() if k != "auto_map"})

@@ -40,6 +40,7 @@ from ..losses import linear_cross_entropy, linear_logits
 from ..modeling import BlockedPreTrainedModel
 from ..preconditioning import Coefficients
 from ..suggest import unknown_name
+from .base_loading import part_settings
 from .causal_lm_block import CausalLMBlock, evaluating, zero_output_projections
 from .causal_lm_checks import check_denoising, check_generated_length, check_keywords, check_some_target, check_tokens
 from .causal_lm_config import PRESETS, BlockedCausalLMConfig, check_base_settings, config_fields
@@ -647,7 +648,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
                 an object or mapping (weights are new).
             num_blocks: B, default 3.
             preset: ``paper`` for the paper's settings; ``settings`` override it.
-            **settings: fields of :class:`BlockedCausalLMConfig`.
+            **settings: fields of :class:`BlockedCausalLMConfig`; for a base that is loaded by name also ``dtype``,
+                ``revision``, ``token`` and ``cache_dir``.
 
         Returns:
             The blocked model in the base's dtype. With ``readout="clean", context="cascade"`` its logits are the
@@ -658,8 +660,9 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             ValueError: if the base cannot be cut, or a setting is not allowed.
         """
         base_model = hub_name(base)
+        loading, settings = part_settings(base, settings)
         if isinstance(base, (str, os.PathLike)):
-            base = AutoModelForCausalLM.from_pretrained(base)
+            base = AutoModelForCausalLM.from_pretrained(base, **loading)
         if isinstance(base, (Mapping, PreTrainedConfig)):
             return cls(cls.config_from(base, num_blocks, preset=preset, **settings))
         config = cls.config_from(base.config, num_blocks, preset=preset, **{"pretrained": True, **settings})

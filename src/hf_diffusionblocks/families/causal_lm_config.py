@@ -129,6 +129,8 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         check_sizes(base_config, _SIZES, optional=True)
         if model_type is None:
             raise ValueError("base_config has no model_type: give the config of a decoder, such as 'llama'.")
+        if not isinstance(model_type, str):
+            raise ValueError(f"base_config's model_type={model_type!r:.60} must be a name, such as 'llama'.")
         try:
             config = AutoConfig.for_model(**base_config)
         except ValueError as error:
@@ -211,7 +213,7 @@ def check_base_settings(base_config: Mapping[str, Any]) -> None:
     transformers itself takes any name, and a published ``config.json`` may hold names that its class does not know.
     """
     model_type = base_config.get("model_type")
-    if model_type not in CONFIG_MAPPING or "transformers_version" in base_config:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "transformers_version" in base_config:
         return
     known = {*CONFIG_MAPPING[model_type]().to_dict(), *CONFIG_MAPPING[model_type].attribute_map, *_LEGACY}
     known = {name for name in known if not name.startswith("_")}

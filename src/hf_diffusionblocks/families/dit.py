@@ -32,6 +32,7 @@ from ..config_checks import MAX_POSITIONS, check_sizes
 from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
+from .base_loading import part_settings
 from .dit_conversion import base_preconditioning, load_base
 
 logger = logging.get_logger(__name__)
@@ -305,7 +306,8 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             num_blocks: B, default 3.
             **settings: fields of :class:`BlockedDiTConfig`. Of a pipeline whose scheduler predicts epsilon,
                 ``preconditioning="vp_epsilon"`` and the scheduler's ``noise_schedule`` are the default; of a bare DiT,
-                ``edm``, with a warning.
+                ``edm``, with a warning. For a base that is loaded by name also ``dtype``, ``revision``, ``token`` and
+                ``cache_dir``.
 
         Returns:
             The blocked model in the base's dtype. Every block gets its own layers and a copy of the base's stem and
@@ -314,10 +316,11 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         Raises:
             ValueError: if the base is not a DiT, or a setting is not allowed.
         """
+        loading, settings = part_settings(base, settings)
         if isinstance(base, Mapping):
             return cls(cls.config_from(base, num_blocks, **settings))
         base_model = hub_name(base)
-        base, scheduler = load_base(base)
+        base, scheduler = load_base(base, **loading)
         settings = base_preconditioning(settings, scheduler)
         if "preconditioning" not in settings:
             logger.warning_once(

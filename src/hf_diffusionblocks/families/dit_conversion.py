@@ -6,33 +6,42 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
 
 BASE_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
 SCHEDULE_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
-def load_base(base: Any) -> tuple[DiTTransformer2DModel, dict | None]:
-    """The base network and, where there is one, its scheduler's config."""
+def load_base(base: Any, dtype: Any = None, **hub: Any) -> tuple[DiTTransformer2DModel, dict | None]:
+    """The base network and, where there is one, its scheduler's config.
+
+    Args:
+        base: see :meth:`BlockedDiTModel.from_base`.
+        dtype: to load it in; by default the files'.
+        **hub: ``revision``, ``token``, ``cache_dir``.
+    """
     if isinstance(base, DiTPipeline):
         return _as_dit(base.transformer), dict(base.scheduler.config)
     if isinstance(base, (str, os.PathLike)):
         root, name = Path(base), str(base)
         if root.is_absolute() and not root.is_dir():
             raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
-        place, config = find_dit(name)
+        place, config = find_dit(name, **hub)
         if config.get("_class_name") not in BASE_CLASS_NAMES:
             kind = config.get("_class_name") or config.get("model_type") or "an unknown model"
             raise ValueError(f"{name} holds {kind}, which BlockedDiTModel cannot cut: give a DiT or a DiTPipeline.")
-        transformer = DiTTransformer2DModel.from_pretrained(name, **place)
-        return _as_dit(transformer), scheduler_config(name)
+        if isinstance(dtype, str):
+            dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."))
+        transformer = DiTTransformer2DModel.from_pretrained(name, torch_dtype=dtype, **place, **hub)
+        return _as_dit(transformer), scheduler_config(name, **hub)
     return _as_dit(base), None
 
 
-def scheduler_config(name: str) -> dict | None:
+def scheduler_config(name: str, **hub: Any) -> dict | None:
     """Config of the scheduler in a pipeline's directory or repository; None if it has none."""
     try:  # all of diffusers' schedulers keep their config in a file of the same name
-        return DDPMScheduler.load_config(name, subfolder="scheduler")
+        return DDPMScheduler.load_config(name, subfolder="scheduler", **hub)
     except OSError:
         return None
 
@@ -62,27 +71,27 @@ def base_preconditioning(settings: Mapping[str, Any], scheduler: Mapping[str, An
     return settings
 
 
-def load_components(name: str) -> tuple[SchedulerMixin | None, AutoencoderKL | None]:
+def load_components(name: str, **hub: Any) -> tuple[SchedulerMixin | None, AutoencoderKL | None]:
     """Scheduler and VAE of a pipeline's directory or repository, each None if it has none."""
-    config = scheduler_config(name)
+    config = scheduler_config(name, **hub)
     scheduler_class = getattr(diffusers, (config or {}).get("_class_name", ""), None)
     scheduler = None
     if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
         scheduler = scheduler_class.from_config(config)
     try:  # of a directory without vae/, diffusers takes the config.json at the root
-        config = AutoencoderKL.load_config(name, subfolder="vae")
+        config = AutoencoderKL.load_config(name, subfolder="vae", **hub)
     except OSError:
         return scheduler, None
     if config.get("_class_name") != "AutoencoderKL":
         return scheduler, None
-    return scheduler, AutoencoderKL.from_pretrained(name, subfolder="vae")
+    return scheduler, AutoencoderKL.from_pretrained(name, subfolder="vae", **hub)
 
 
-def find_dit(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+def find_dit(name: str, **hub: Any) -> tuple[dict[str, str], dict[str, Any]]:
     """Where a DiT lies in a directory or repository, at its root or in a pipeline's folder, and its config."""
     for place in ({}, {"subfolder": "transformer"}):
         try:
-            return place, DiTTransformer2DModel.load_config(name, **place)
+            return place, DiTTransformer2DModel.load_config(name, **place, **hub)
         except OSError as error:
             problem = error
     raise ValueError(

@@ -4,9 +4,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 
-from ..configuration import DiffusionBlocksConfig
+from ..config_checks import check_model_type
+from ..configuration import DiffusionBlocksConfig, read_config
 from .causal_lm import BlockedForCausalLM
 from .dit import BlockedDiTModel
 from .dit_conversion import base_preconditioning, find_dit, scheduler_config
@@ -28,14 +29,16 @@ def blocked_config_of(
     if isinstance(source, Mapping):
         if "model_type" not in source:
             return BlockedDiTModel.config_from(source, num_blocks)
+        check_model_type(source["model_type"], "the base's config", CONFIG_MAPPING)
         values = dict(source)
         return BlockedForCausalLM.config_from(AutoConfig.for_model(values.pop("model_type"), **values), num_blocks)
     name = str(source)
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name)
+        values, _ = read_config(name)
     except OSError:
         values = {}  # a pipeline has its DiT in a folder; find_dit says what is missing
-    if values.get("model_type") is not None:
+    if "model_type" in values:
+        check_model_type(values["model_type"], f"config.json in {name}", CONFIG_MAPPING)
         config = AutoConfig.from_pretrained(name)
         if isinstance(config, DiffusionBlocksConfig):
             return config

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ..families.base_loading import hub_settings
 from ..recipes import Recipe
 from . import images, text
 from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
@@ -69,7 +70,7 @@ def evaluate(
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
-    return _of(family_of(base)).convert(base, output_dir, settings, say)
+    return _of(family_of(base, **hub_settings(settings))).convert(base, output_dir, settings, say)
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:

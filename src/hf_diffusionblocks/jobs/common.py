@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING
 
 from .. import serialization
+from ..config_checks import check_model_type
+from ..configuration import read_config
 from ..evaluation import format_figures
 from ..merging import merge_run
 from ..streaming import stream_blocks
@@ -89,17 +91,22 @@ def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-def family_of(name_or_path: str) -> str:
+def family_of(name_or_path: str, **hub: Any) -> str:
     """``causal_lm`` for a language model, blocked or not, by its ``config.json``; else ``dit``.
 
     What cannot be read counts as ``dit``, whose loader says what is missing.
+
+    Raises:
+        ValueError: for a ``model_type`` that is none.
     """
     try:
-        values, _ = PreTrainedConfig.get_config_dict(name_or_path)
+        values, _ = read_config(name_or_path, **hub)
     except (OSError, ValueError):
         return "dit"
-    kind = values.get("model_type")
-    return "dit" if kind in (None, "blocked_dit") else "causal_lm"
+    if "model_type" not in values:
+        return "dit"
+    check_model_type(values["model_type"], f"config.json in {name_or_path}", CONFIG_MAPPING)
+    return "dit" if values["model_type"] == "blocked_dit" else "causal_lm"
 
 
 def say_figures(figures: dict[str, Any], output: str | None, say: Say) -> None:

@@ -10,6 +10,7 @@ from .. import serialization
 from ..baselines.end_to_end import resolve_method
 from ..data import ImageDataset, cache_latents, open_image_dataset
 from ..evaluation import format_figures, sample_images, score
+from ..families.base_loading import hub_settings
 from ..families.dit import BlockedDiTModel
 from ..families.dit_conversion import load_components
 from ..hub import model_card, write_model_card
@@ -237,7 +238,7 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
     """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
     target = new_directory(output_dir)
     model = BlockedDiTModel.from_base(base, **settings)
-    scheduler, vae = load_components(base)
+    scheduler, vae = load_components(base, **hub_settings(settings))
     if model.config.preconditioning != "vp_epsilon":
         scheduler = None  # it is for the noise levels that the base was trained on
     BlockedDiTPipeline(model, scheduler, vae).save_pretrained(target)

@@ -12,6 +12,7 @@ from ..baselines.end_to_end import resolve_method
 from ..compute import TrainingCompute, training_flops
 from ..data.tokenizing import tokenizer_size
 from ..evaluation import format_figures, generate_text, score_text
+from ..families.base_loading import hub_settings
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..hub import model_card, write_model_card
@@ -258,7 +259,8 @@ def _write_card(model: BlockedForCausalLM, recipe: Recipe, model_dir: Path, figu
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained language model into blocks and save it with its tokenizer."""
     target = new_directory(output_dir)
-    if PreTrainedConfig.get_config_dict(base)[0].get("model_type") == BlockedCausalLMConfig.model_type:
+    hub = hub_settings(settings)
+    if PreTrainedConfig.get_config_dict(base, **hub)[0].get("model_type") == BlockedCausalLMConfig.model_type:
         raise ValueError(f"{base} has been cut into blocks already: give the base that it was made from.")
     try:
         model = BlockedForCausalLM.from_base(base, **settings)
@@ -266,7 +268,7 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
         raise ValueError(f"{base} cannot be loaded: {error}") from error
     model.save_pretrained(target)
     try:
-        save_tokenizer(AutoTokenizer.from_pretrained(base), target)
+        save_tokenizer(AutoTokenizer.from_pretrained(base, **hub), target)
     except (OSError, ValueError, KeyError) as error:
         say(f"no tokenizer could be loaded from {base} ({' '.join(str(error).split())}): none was saved.")
     for line in (format_block_parameters(model), *_parts(model), f"saved in {target}"):

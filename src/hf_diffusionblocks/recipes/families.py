@@ -72,7 +72,7 @@ def model_keys(family: str, model: Mapping[str, Any]) -> list[str]:
     if "base" in model:
         return ["base"]
     kind = model.get("model_type")
-    if kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if kind is None:
             raise ValueError(
                 "the recipe's section 'model' has neither a model_type, such as llama, nor a base: a directory or Hub "
