@@ -28,7 +28,11 @@ LAYERS, LENGTH, BATCH = 6, 96, 8
 
 
 def arm(layers: int = LAYERS, blocks: int = 1, updates: float = 1, lr: float = 1, order: str | None = None, **settings):
-    """One way to train: layers, blocks, updates per block and learning rate (as factors on the study's), config."""
+    """One way to train: layers, blocks, updates per block and learning rate (as factors on the study's), config.
+
+    ``pilot`` is the part of the updates that a pilot run has, from which the equal-information partition is cut.
+    """
+    pilot = settings.pop("pilot", 0)
     training = {k: settings.pop(k) for k in ("hand_over", "lower_outputs", "train_shared") if k in settings}
     config = settings
     if "preset" not in settings:
@@ -38,6 +42,7 @@ def arm(layers: int = LAYERS, blocks: int = 1, updates: float = 1, lr: float = 1
         "blocks": blocks,
         "updates": updates,
         "lr": lr,
+        "pilot": pilot,
         "config": config,
         "training": training | ({"order": order} if order else {}),
     }
@@ -61,6 +66,9 @@ AUSTEN = {
     "greedy local cross-entropy": arm(blocks=3, order="simultaneous", initialization="default"),
     "paper (edm, independent)": arm(blocks=3, preset="paper", noise_embedding_dim=48),
     "exact, independent": arm(blocks=3, readout="exact", context="independent", overlap=0.1, **_TEXT_NOISE),
+    "exact, independent, equal information": arm(
+        blocks=3, readout="exact", context="independent", overlap=0.1, pilot=0.1, **_TEXT_NOISE
+    ),
     "exact, cascade": arm(blocks=3, readout="exact", order="simultaneous", initialization="default", **_TEXT_NOISE),
     "sequential": _sequential(auxiliary=0),
     "sequential, auxiliary": _sequential(layers_per_block=[2, 2, 2]),
@@ -141,34 +149,49 @@ def run_job(study: str, name: str, seed: int, out: Path, text: Path) -> None:
     import torch
 
     torch.set_num_threads(1)
+    from torch.utils.data import Subset
+
     from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+    from hf_diffusionblocks.likelihood import equal_information_partition
     from hf_diffusionblocks.objectives import NextTokenPrediction
 
     width, updates, rate, arms, _ = STUDIES[study]
     setting = arms[name]
     train, test, tokenizer = load(text)
-    model = build(setting, width, len(tokenizer), seed)
     objective = NextTokenPrediction()
-    flops = count(model, train[list(range(BATCH))], objective)
-    steps = round(updates * setting["updates"])
     work = folder_of(study, name, seed)
-    args = DiffusionBlocksTrainingArguments(
-        output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        learning_rate=rate * setting["lr"],
-        lr_scheduler_type="linear",
-        warmup_steps=max(1, steps // 10),
-        adam_beta2=0.99,
-        weight_decay=0.01,
-        ema_inv_gamma=20,
-        logging_steps=100,
-        seed=seed,
-        disable_tqdm=True,
-        **setting["training"],
-    )
-    trainer = DiffusionBlocksTrainer(model, args, train, objective=objective)
-    start = time.perf_counter()
+
+    def trainer_of(model: Any, steps: int, folder: Path) -> DiffusionBlocksTrainer:
+        args = DiffusionBlocksTrainingArguments(
+            output_dir=str(folder),
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=rate * setting["lr"],
+            lr_scheduler_type="linear",
+            warmup_steps=max(1, steps // 10),
+            adam_beta2=0.99,
+            weight_decay=0.01,
+            ema_inv_gamma=20,
+            logging_steps=100,
+            seed=seed,
+            disable_tqdm=True,
+            **setting["training"],
+        )
+        return DiffusionBlocksTrainer(model, args, train, objective=objective)
+
+    steps, start = round(updates * setting["updates"]), time.perf_counter()
+    pilot_steps = round(steps * setting["pilot"])
+    if pilot_steps:
+        pilot = trainer_of(build(setting, width, len(tokenizer), seed), pilot_steps, work / "pilot")
+        pilot.train(resume_from_checkpoint=True)
+        with pilot.averaged_weights():  # on the last training rows: what is held out is for the score alone
+            partition = equal_information_partition(pilot.model, Subset(train, range(len(train) - 64, len(train))))
+        cut = {"partition": "equal_information", "edges": list(partition.edges)}
+        setting = setting | {"config": setting["config"] | cut}
+        print(f"edges {', '.join(f'{e:.4g}' for e in partition.edges)}", flush=True)
+    model = build(setting, width, len(tokenizer), seed)
+    flops = count(model, train[list(range(BATCH))], objective)
+    trainer = trainer_of(model, steps, work)
     trainer.train(resume_from_checkpoint=True)
     seconds = time.perf_counter() - start
     with trainer.averaged_weights():
@@ -187,7 +210,7 @@ def run_job(study: str, name: str, seed: int, out: Path, text: Path) -> None:
         "held_layers": max(
             len(model.partition.layers(b)) + model.config.auxiliary_layers_of(b) for b in range(setting["blocks"])
         ),
-        "flops": sum(flops) * steps,
+        "flops": sum(flops) * (steps + pilot_steps),
         "updates_per_block": steps,
         "held_out_characters": held_out.num_samples,
         "train_seconds": seconds,
