@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_diffusionblocks import DiffusionBlocksTrainer
+from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
 from hf_diffusionblocks.memory import measure_step
 from hf_diffusionblocks.objectives import ExactNextTokenPrediction, default_objective
 from runs import arguments, everything, make_trainer
 from tiny import tiny_dit
-from tiny_text import blocked_lm, packed_positions, tokens
+from tiny_text import TokenRows, base_lm, blocked_lm, packed_positions, tokens
 
 
 class Rows:
@@ -157,3 +157,37 @@ def test_one_blocks_activations_exist_at_a_time(tmp_path):
     whole, exact = activations(1), activations(6, gradient="exact")
     starts = 6 * 4 * 12 * 16 * 4  # what each block starts from: batch x tokens x width, float32
     assert exact - starts < 0.45 * whole  # a sixth of the layers, and the head's part, which does not divide
+
+
+# -- the default ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "training", "gradient"),
+    [
+        ({}, {}, "exact"),
+        ({"auxiliary_layers": 1}, {}, "local"),
+        ({"context": "independent"}, {}, "local"),
+        ({"readout": "exact"}, {}, "local"),
+        ({"pretrained": False}, {}, "local"),
+        ({}, {"gradient": "local"}, "local"),
+        ({}, {"order": "sequential"}, "local"),
+        ({}, {"train_shared": "all"}, "local"),
+        ({}, {"lower_outputs": "disk", "order": "sequential"}, "local"),
+    ],
+)
+def test_a_trained_base_is_trained_on_by_the_exact_gradient_wherever_that_is_possible(
+    config, training, gradient, tmp_path
+):
+    model = BlockedForCausalLM.from_base(base_lm(), num_blocks=3, **config)
+    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), max_steps=1, cpu=True, **training)
+    trainer = DiffusionBlocksTrainer(model, args, TokenRows(8))
+    assert trainer.args.gradient == gradient
+    assert isinstance(trainer.objective, ExactNextTokenPrediction) == (gradient == "exact")
+
+
+def test_a_part_of_a_trained_base_is_trained_by_its_own_loss(tmp_path):
+    BlockedForCausalLM.from_base(base_lm(), num_blocks=3).save_pretrained(tmp_path / "model")
+    model = BlockedForCausalLM.from_pretrained(tmp_path / "model", blocks=[0, 1])
+    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), max_steps=1, cpu=True, blocks=[1])
+    assert DiffusionBlocksTrainer(model, args, TokenRows(8)).args.gradient == "local"

@@ -150,10 +150,13 @@ def test_fine_tune_a_pretrained_base_whole_and_by_its_blocks(base_dir, text_file
     assert model.config.pretrained and model.config.layers_per_block == [1, 1, 1]
     assert main([*common, "--method", "end_to_end", "--output-dir", str(tmp_path / "whole")]) == 0
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model").config.layers_per_block == [3]
-    # A job for one block of a pretrained cascade needs no trained blocks below: the base's weights stand there.
-    assert main([*common, "--block", "1", "--output-dir", str(tmp_path / "one")]) == 0
-    files = {p.name for p in (tmp_path / "one" / "model").glob("block-*")}
-    assert files == {"block-00.safetensors", "block-01.safetensors"}
+    # A job for one block needs no trained blocks beside it: the base's weights stand there. The exact gradient comes
+    # through the blocks above, a local one needs those below only.
+    for gradient, held in (("exact", {0, 1, 2}), ("local", {0, 1})):
+        settings = ["--block", "1", f"training.gradient={gradient}", "--output-dir", str(tmp_path / gradient)]
+        assert main([*common, *settings]) == 0
+        files = {p.name for p in (tmp_path / gradient / "model").glob("block-*")}
+        assert files == {f"block-{b:02d}.safetensors" for b in held}
 
 
 # -- sample, evaluate, convert, plan ---------------------------------------------------------------------------------

@@ -99,7 +99,12 @@ def blocked_lm(
     base: dict[str, Any] | None = None,
     **settings: Any,
 ) -> BlockedForCausalLM:
-    """A blocked language model cut from :func:`base_lm`, in which nothing is zero-initialised any more."""
+    """A blocked language model cut from :func:`base_lm`, in which nothing is zero-initialised any more.
+
+    A clean one has an auxiliary layer, as new models have and those cut from a trained base have not.
+    """
+    if settings.get("readout", "clean") == "clean" and "preset" not in settings:
+        settings = {"auxiliary_layers": 1} | settings
     model = base_lm(architecture, num_layers, seed=seed, attention=attention, **(base or {}))
     return perturbed(BlockedForCausalLM.from_base(model, num_blocks, **settings), perturbation, seed).eval()
 

@@ -699,8 +699,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         unknown = [n for n in settings if n not in config_fields()]
         if unknown:
             raise ValueError(unknown_name("setting", unknown[0], config_fields()))
-        if settings.get("readout", "clean") != "clean":
-            settings.setdefault("auxiliary_layers", 0)
+        if settings.get("readout", "clean") != "clean" or settings.get("pretrained"):
+            settings.setdefault("auxiliary_layers", 0)  # a trained base is trained on by its exact gradient
         if num_blocks is None:
             num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
         return BlockedCausalLMConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)

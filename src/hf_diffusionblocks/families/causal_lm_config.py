@@ -51,9 +51,9 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         base_config: the config of a transformers decoder as a dict, with its ``model_type``.
         readout: ``clean``, ``exact`` or ``edm``; see the module.
         context: ``cascade`` or ``independent``; see the module.
-        auxiliary_layers: layers between a block's output and its head that only its training loss sees. The last block
-            of a cascade has none, and none are used once trained. ``layers_per_block`` is then by default such that
-            blocks hold equally many layers, auxiliary ones included.
+        auxiliary_layers: layers between a block's output and its head that only its training loss sees; cut from a
+            trained base, 0 unless given. The last block of a cascade has none, and none are used once trained.
+            ``layers_per_block`` is then by default such that blocks hold equally many layers, auxiliary ones included.
         initialization: ``identity`` zeroes the output projections of new layers of auxiliary layers and of all blocks
             but the first of a cascade, so that a block starts by passing on what it gets; ``default`` leaves the
             base's.

@@ -145,7 +145,9 @@ def build_trainer(
     held = blocks
     if blocks is not None:
         args.blocks = sorted(set(blocks))
-        if cascade and (lower is not None or config.pretrained):
+        if cascade and config.pretrained and args.gradient != "local" and not config.auxiliary_layers:
+            held = None  # the exact gradient comes through the blocks above
+        elif cascade and (lower is not None or config.pretrained):
             held = list(range(max(blocks) + 1))
     if not cascade:
         held = my_blocks(config, args)

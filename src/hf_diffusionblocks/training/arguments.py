@@ -67,11 +67,12 @@ class DiffusionBlocksTrainingArguments:
     residency_dir: str | None = field(
         default=None, metadata={"help": "folder of residency=disk for scratch files; default: in output_dir"}
     )
-    gradient: str = field(
-        default="local",
+    gradient: str | None = field(
+        default=None,
         metadata={
             "help": f"{' or '.join(GRADIENTS)}: of the block's own loss; or of the last block's, through the blocks "
-            "above, which run again one at a time (clean cascades; an update costs about an end-to-end one)"
+            "above, which run again one at a time (clean cascades; an update costs about an end-to-end one); default: "
+            "exact for the blocks of a trained base without auxiliary layers, if all are loaded, else local"
         },
     )
     parallelism: str | None = field(
@@ -160,7 +161,7 @@ class DiffusionBlocksTrainingArguments:
             ("train_shared", TRAIN_SHARED),
             ("block_order", BLOCK_ORDERS),
             ("residency", RESIDENCIES),
-            ("gradient", GRADIENTS),
+            ("gradient", (None, *GRADIENTS)),
             ("parallelism", (None, *PARALLELISMS)),
             ("mixed_precision", MIXED_PRECISIONS),
             ("lr_scheduler_type", LR_SCHEDULES),

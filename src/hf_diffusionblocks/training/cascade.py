@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,30 @@ from .. import serialization
 from ..modeling import BlockedPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import data_fingerprint, fetch
+from .parallel import sharded_launch
 
 _ROWS = 16  # rows per forward pass
 _ZEROS = 1 << 20  # bytes written at a time where a file's place cannot be reserved
 _CANNOT_RESERVE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def with_gradient(
+    model: BlockedPreTrainedModel, args: DiffusionBlocksTrainingArguments, distils: bool
+) -> DiffusionBlocksTrainingArguments:
+    """The settings with a gradient chosen.
+
+    A local loss teaches the lower blocks of a trained base to be the end of a network that they are the beginning of
+    (docs/experiments-smollm2.md), so such a base is trained by the exact gradient wherever that is possible.
+    """
+    if args.gradient is not None:
+        return args
+    config = model.config
+    whole = set(model.resident_blocks) == set(range(config.num_blocks))
+    chain = getattr(config, "context", "independent") == "cascade" and config.readout == "clean"
+    plain = args.train_shared != "all" and args.lower_outputs == "recompute" and args.order != "sequential"
+    trained = chain and config.pretrained and not config.auxiliary_layers
+    exact = trained and config.num_blocks > 1 and whole and plain and not distils and not sharded_launch()
+    return replace(args, gradient="exact" if exact else "local")
 
 
 def check_job(

@@ -143,7 +143,7 @@ class Group:
                 control = dist.new_group(list(share.ranks), backend="gloo", timeout=timedelta(days=7))
                 if share is mine:
                     group._group, group._control = made, control
-        if group.size > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):  # `accelerate launch` sets it
+        if group.size > 1 and sharded_launch():
             group._plugin, group.sharded = _fsdp_plugin(args), True
         return group
 
@@ -252,6 +252,11 @@ class Group:
         if self.sharded:
             for module in model.layer_modules(block):
                 module.set_requires_gradient_sync(not accumulating)
+
+
+def sharded_launch() -> bool:
+    """Whether ``accelerate launch`` was told to shard."""
+    return parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
 def _fsdp_plugin(args: DiffusionBlocksTrainingArguments) -> FullyShardedDataParallelPlugin:

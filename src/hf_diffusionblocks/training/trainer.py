@@ -19,7 +19,7 @@ from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
 from .block_order import block_schedule
 from .block_trainer import BadSampleError, BlockTrainer, Objective
-from .cascade import check_job, lower_outputs, mark_trained
+from .cascade import check_job, lower_outputs, mark_trained, with_gradient
 from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
 from .data_stream import data_fingerprint, fetch
 from .parallel import Group, keep_blocks, make_accelerator
@@ -75,6 +75,7 @@ class DiffusionBlocksTrainer:
         teacher: PreTrainedModel | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
+        args = with_gradient(model, args, distils=teacher is not None)
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         self.output_dir = Path(args.output_dir)
         self.accelerator = make_accelerator(
