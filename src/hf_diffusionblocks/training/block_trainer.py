@@ -13,6 +13,7 @@ from ..modeling import BlockedPreTrainedModel
 from ..objectives import ObjectiveResult
 from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import batches, derive_seed, reader_of
+from .optimizers import GradientRelease, make_optimizer
 
 Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
 
@@ -62,15 +63,7 @@ class BlockTrainer:
         self.parameters = [parameter for _, parameter in named]
         own = set(self.names)
         self._foreign = [p for n, p in model.shared_parameters() if n not in own and p.requires_grad]
-        decayed = [p for p in self.parameters if p.ndim > 1]
-        others = [p for p in self.parameters if p.ndim <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}],
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
-        )
+        self.optimizer = make_optimizer(named, args)
         # Not prepared by Accelerate, which would step it once per process (huggingface/accelerate#2773).
         self.lr_scheduler = args.make_schedule(self.optimizer, num_updates)
         self.ema = self._make_ema() if args.use_ema else None
@@ -133,7 +126,8 @@ class BlockTrainer:
         generator = torch.Generator().manual_seed(seed)
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         total, parts, sigmas = None, {}, []
-        with torch.random.fork_rng(devices=devices), _frozen(self._foreign):
+        release = GradientRelease(self.optimizer) if args.gradient_release else contextlib.nullcontext()
+        with torch.random.fork_rng(devices=devices), _frozen(self._foreign), release:
             torch.manual_seed(seed)  # dropout inside the layers
             for part in range(args.gradient_accumulation_steps):
                 batch = self._next_batch(part)
@@ -145,12 +139,15 @@ class BlockTrainer:
                 sigmas.append(result.sigma)
                 for name, value in result.parts.items():
                     parts[name] = parts.get(name, 0) + value / args.gradient_accumulation_steps
-        if args.max_grad_norm > 0:
+        if args.gradient_release:
+            grad_norm = release.total_norm(self.parameters)
+        elif args.max_grad_norm > 0:
             grad_norm = accelerator.clip_grad_norm_(self.parameters, args.max_grad_norm)
         else:
             grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        if not args.gradient_release:
+            self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
