@@ -140,6 +140,9 @@ def run(folder: Path, scenario: str, rank: int) -> None:
         train(target, "dit", num_blocks=2)
     elif scenario == "data":
         train(target, "dit", parallelism="data")
+    elif scenario in ("released", "unclipped"):
+        release = scenario == "released"
+        train(target, "dit", parallelism="data", max_grad_norm=0, gradient_release=release)
     elif scenario == "residency":
         train(target, "dit", parallelism="data", residency="host")
     elif scenario == "accumulating":

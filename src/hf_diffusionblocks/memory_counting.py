@@ -3,7 +3,8 @@
 Kinds, each counted over distinct storages:
 
 - weights: parameters and buffers of the resident blocks and of what they share;
-- gradients: of the trained parameters, as the optimizer finds them;
+- gradients: of the trained parameters, as the optimizer finds them; with gradient release the most that exist at a
+  time, those included that wait inside autograd for another use of their parameter (a tied table's);
 - moments: the optimizer's state after an update (AdamW: two tensors and a four-byte counter per parameter);
 - EMA: the moving average of the trained parameters;
 - activations: what autograd keeps for the backward pass, weights aside, at its peak during the step. With checkpointing
@@ -24,13 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from .modeling import BlockedPreTrainedModel, enable_checkpointing
-from .objectives import default_objective
+from .objectives import ObjectiveResult, default_objective
 from .training.arguments import DiffusionBlocksTrainingArguments
 from .training.block_trainer import BlockTrainer, Objective
+from .training.optimizers import plain_tensors
 from .training.trainer import DiffusionBlocksTrainer
 
 KINDS = ("weights", "gradients", "moments", "ema", "activations")
@@ -70,25 +72,48 @@ def state_of(module: nn.Module) -> Iterator[Tensor]:
     yield from module.buffers()
 
 
-class SavedTensors:
-    """Counts the bytes that autograd keeps for the backward pass while it is active; works on real and fake tensors.
-
-    A storage counts once, from when a first tensor on it is saved until it is freed, and with its full size, whatever
-    part of it the tensor shows. Checkpointed layers (non-reentrant) count with what their recomputation saves.
-
-    Args:
-        modules: their parameters and buffers do not count.
+class LiveStorages:
+    """Counts the bytes of the storages that it was shown, each once and in full, until they are freed.
 
     Attributes:
         live: bytes that are held now.
         peak: the most that was held at a time.
     """
 
-    def __init__(self, modules: Sequence[nn.Module]):
+    def __init__(self) -> None:
         self.live = self.peak = 0
+        self._storages: dict[int, weakref.ref] = {}
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of a tensor, if it does not yet."""
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._storages:
+
+            def freed(_: weakref.ref) -> None:
+                del self._storages[key]
+                self.live -= size
+
+            # The Python object of a storage lives as long as the storage.
+            self._storages[key] = weakref.ref(storage, freed)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+
+
+class SavedTensors(LiveStorages):
+    """Counts the bytes that autograd keeps for the backward pass while it is active; works on real and fake tensors.
+
+    A storage counts from when a first tensor on it is saved, whatever part of it the tensor shows. Checkpointed layers
+    (non-reentrant) count with what their recomputation saves.
+
+    Args:
+        modules: their parameters and buffers do not count.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]):
+        super().__init__()
         self._modules = modules
         self._known = {tensor.untyped_storage()._cdata for module in modules for tensor in state_of(module)}
-        self._storages: dict[int, weakref.ref] = {}
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> "SavedTensors":
@@ -103,18 +128,8 @@ class SavedTensors:
         self._stack.close()
 
     def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known and key not in self._storages:
-
-            def freed(_: weakref.ref) -> None:
-                del self._storages[key]
-                self.live -= size
-
-            # The Python object of a storage lives as long as the storage.
-            self._storages[key] = weakref.ref(storage, freed)
-            self.live += size
-            self.peak = max(self.peak, self.live)
+        if tensor.untyped_storage()._cdata not in self._known:
+            self.add(tensor)
         return tensor
 
     def _checkpoint_contexts(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
@@ -144,6 +159,26 @@ class AnyValue(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def watch_gradients(loss: Tensor, parameters: Iterable[Tensor], counts: LiveStorages) -> None:
+    """Have the backward pass from a loss show the parameters' gradients, complete or not, to a counter."""
+    ends = {get_gradient_edge(p).node for p in parameters if p.requires_grad}
+    nodes, found = [loss.grad_fn], {loss.grad_fn}
+    while nodes:
+        node = nodes.pop()
+        places = [i for i, (following, _) in enumerate(node.next_functions) if following in ends]
+        if places:
+            node.register_hook(functools.partial(_show, counts, places))
+        fresh = {following for following, _ in node.next_functions if following is not None} - found - ends
+        found |= fresh
+        nodes += fresh
+
+
+def _show(counts: LiveStorages, places: list[int], gradients: tuple[Tensor | None, ...], _: Any) -> None:
+    for place in places:
+        if gradients[place] is not None:
+            counts.add(gradients[place])
+
+
 def measure_step(trainer: BlockTrainer | DiffusionBlocksTrainer) -> MemoryUse:
     """Count what a real update holds. The update is an ordinary one: weights, moments and counters move on.
 
@@ -156,29 +191,39 @@ def measure_step(trainer: BlockTrainer | DiffusionBlocksTrainer) -> MemoryUse:
     """
     trainers = list(trainer.trainers.values()) if isinstance(trainer, DiffusionBlocksTrainer) else [trainer]
     model = trainer.model
-    gradients = activations = 0
+    gradients, activations = LiveStorages(), 0
 
     def at_update(*_: Any) -> None:
-        nonlocal gradients
-        gradients = max(gradients, held_bytes(p.grad for p in model.parameters() if p.grad is not None))
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                gradients.add(parameter.grad)
 
     modules = [model, *(v for v in getattr(trainer.objective, "__dict__", {}).values() if isinstance(v, nn.Module))]
     for one in trainers:
-        hook = one.optimizer.register_step_pre_hook(at_update)
+        hook, objective = one.optimizer.register_step_pre_hook(at_update), one.objective
+        if one.args.gradient_release:
+            one.objective = functools.partial(_watched, objective, one.parameters, gradients)
         try:
             with SavedTensors(modules) as saved:
                 one.step()
         finally:
             hook.remove()
+            one.objective = objective
         activations = max(activations, saved.peak)
-    moments = (v for one in trainers for s in one.optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
+    states = (value for one in trainers for state in one.optimizer.state.values() for value in state.values())
     return MemoryUse(
         weights=held_bytes(tensor for module in modules for tensor in state_of(module)),
-        gradients=gradients,
-        moments=held_bytes(moments),
+        gradients=gradients.peak,
+        moments=held_bytes(tensor for value in states for tensor in plain_tensors(value)),
         ema=held_bytes(tensor for one in trainers for tensor in one.ema_tensors().values()),
         activations=activations,
     )
+
+
+def _watched(objective: Objective, parameters: list[Tensor], counts: LiveStorages, *args: Any) -> ObjectiveResult:
+    result = objective(*args)
+    watch_gradients(result.loss, parameters, counts)
+    return result
 
 
 class _Repeat:
@@ -218,6 +263,8 @@ def measure_memory(
     mixed_precision: str = "no",
     gradient_checkpointing: bool = False,
     use_ema: bool = True,
+    optim: str = "adamw_torch_fused",
+    gradient_release: bool = False,
 ) -> MemoryUse:
     """Count what an update of a block holds, on a real batch. The weights stay as they are: the learning rate is 0.
 
@@ -229,6 +276,8 @@ def measure_memory(
         mixed_precision: ``no`` or ``bf16``, for autocast.
         gradient_checkpointing: recompute activations layer by layer.
         use_ema: keep a moving average of the weights.
+        optim: the optimizer, as in the training arguments.
+        gradient_release: update each parameter as its gradient arrives.
 
     Raises:
         ValueError: for a block that is not loaded, an empty batch, or an unknown setting.
@@ -241,6 +290,9 @@ def measure_memory(
         warmup_steps=1,  # the first update of a warm-up has learning rate 0
         mixed_precision=mixed_precision,
         use_ema=use_ema,
+        optim=optim,
+        gradient_release=gradient_release,
+        max_grad_norm=0.0 if gradient_release else 1.0,
     )
     training, was_checkpointing = model.training, bool(_checkpointed(model))
     set_mode(model, gradient_checkpointing)

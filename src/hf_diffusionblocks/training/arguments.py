@@ -17,6 +17,7 @@ TRAIN_SHARED = ("first", "all", "none")
 RESIDENCIES = ("device", "host", "disk")
 GRADIENTS = ("local", "exact")
 PARALLELISMS = ("blocks", "data")
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_8bit", "adafactor")
 BLOCK_ORDERS = ("random", "round_robin", "sequential")
 MIXED_PRECISIONS = ("no", "bf16")
 # Those of transformers that depend on the number of updates alone, not on a measured loss.
@@ -84,7 +85,22 @@ class DiffusionBlocksTrainingArguments:
     )
     per_device_train_batch_size: int = field(default=128, metadata={"help": "samples per forward pass"})
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "forward passes per update"})
-    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate of AdamW"})
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": f"one of {', '.join(OPTIMIZERS)}: torch's AdamW (fused, foreach), bitsandbytes' 8-bit AdamW, "
+            "torch's Adafactor (give it a learning rate of about 1e-2: it is relative to a parameter's size)"
+        },
+    )
+    optim_args: dict = field(default_factory=dict, metadata={"help": "further keyword arguments of the optimizer"})
+    gradient_release: bool = field(
+        default=False,
+        metadata={
+            "help": "update each parameter inside the backward pass, as its gradient arrives, and free that at once; "
+            "needs max_grad_norm=0 and gradient_accumulation_steps=1"
+        },
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(
         default="constant_with_warmup", metadata={"help": "a transformers schedule, per block"}
     )
@@ -163,11 +179,24 @@ class DiffusionBlocksTrainingArguments:
             ("residency", RESIDENCIES),
             ("gradient", (None, *GRADIENTS)),
             ("parallelism", (None, *PARALLELISMS)),
+            ("optim", OPTIMIZERS),
             ("mixed_precision", MIXED_PRECISIONS),
             ("lr_scheduler_type", LR_SCHEDULES),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(name, getattr(self, name), allowed))
+        if not isinstance(self.optim_args, dict):
+            raise ValueError(f"optim_args={self.optim_args!r} must be a dict, such as {{'amsgrad': True}}.")
+        if self.gradient_release and self.max_grad_norm > 0:
+            raise ValueError(
+                f"gradient_release=True with max_grad_norm={self.max_grad_norm}: parameters are updated before the "
+                "norm of the whole gradient is known. Set max_grad_norm=0, or gradient_release=False."
+            )
+        if self.gradient_release and self.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gradient_release=True with gradient_accumulation_steps={self.gradient_accumulation_steps}: a "
+                "freed gradient cannot be added to. Set gradient_accumulation_steps=1, or gradient_release=False."
+            )
 
         try:
             parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
@@ -222,6 +251,7 @@ _name_unknown_settings(DiffusionBlocksTrainingArguments)
 RESUMABLE_CHANGES = frozenset(
     {
         "output_dir",
+        "gradient_release",
         "residency",
         "residency_dir",
         "dataloader_num_workers",

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from ..modeling import BlockedPreTrainedModel
 from ..objectives import ObjectiveResult
 from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import batches, derive_seed, reader_of
+from .optimizers import GradientRelease, make_optimizer
 from .parallel import Group, as_sharded, clip_gradients, total_norm, whole
 
 Objective = Callable[[BlockedPreTrainedModel, int, dict[str, Tensor], torch.Generator], ObjectiveResult]
@@ -67,14 +67,8 @@ class BlockTrainer:
         self.parameters = [parameter for _, parameter in named]
         own = set(self.names)
         self._foreign = [p for n, p in model.shared_parameters() if n not in own and p.requires_grad]
-        self._finish_gradients = self.group.average_gradients(self.parameters)
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.parameters, args.weight_decay),
-            lr=args.learning_rate,
-            betas=(args.adam_beta1, args.adam_beta2),
-            eps=args.adam_epsilon,
-            fused=all(p.device.type in ("cpu", "cuda") for p in self.parameters),
-        )
+        self._finish_gradients = self.group.average_gradients([] if args.gradient_release else self.parameters)
+        self.optimizer = make_optimizer(named, args)
         # Not prepared by Accelerate, which would step it once per process (huggingface/accelerate#2773).
         self.lr_scheduler = args.make_schedule(self.optimizer, num_updates)
         self.ema = self._make_ema() if args.use_ema else None
@@ -141,7 +135,10 @@ class BlockTrainer:
         args, accelerator, group = self.args, self.accelerator, self.group
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         total, parts, sigmas, count = None, {}, [], args.gradient_accumulation_steps
-        with torch.random.fork_rng(devices=devices), _frozen(self._foreign):
+        release = contextlib.nullcontext()
+        if args.gradient_release:
+            release = GradientRelease(self.optimizer, group.average if group.size > 1 else None)
+        with torch.random.fork_rng(devices=devices), _frozen(self._foreign), release:
             for part in range(count):
                 place = self._part(part)
                 seed = derive_seed(args.seed, "update", self.block, self.updates, *([place] if place else []))
@@ -163,12 +160,15 @@ class BlockTrainer:
         if group.size > 1:
             total = group.mean_(total.clone())
             parts = {name: group.mean_(torch.as_tensor(value).clone()) for name, value in sorted(parts.items())}
-        if args.max_grad_norm > 0:
+        if args.gradient_release:
+            grad_norm = release.total_norm(self.parameters)
+        elif args.max_grad_norm > 0:
             grad_norm = clip_gradients(self.parameters, args.max_grad_norm)
         else:
             grad_norm = total_norm([p.grad for p in self.parameters if p.grad is not None])
         lr = self.lr_scheduler.get_last_lr()[0]
-        self.optimizer.step()
+        if not args.gradient_release:
+            self.optimizer.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -226,14 +226,3 @@ class BlockTrainer:
             self.ema.optimization_step = scalars["ema_step"]
             for name, shadow in zip(self.names, self.ema.shadow_params, strict=True):
                 shadow.copy_(as_sharded(ema[name], shadow))
-
-
-def parameter_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight matrices decay, biases and norms do not; sharded tensors are apart, as kernels do not mix them."""
-    groups = []
-    for sharded in (False, True):
-        mine = [p for p in parameters if isinstance(p, DTensor) is sharded]
-        if mine or not sharded:
-            groups.append({"params": [p for p in mine if p.ndim > 1], "weight_decay": weight_decay})
-            groups.append({"params": [p for p in mine if p.ndim <= 1], "weight_decay": 0.0})
-    return groups

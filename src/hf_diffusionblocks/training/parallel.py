@@ -191,6 +191,10 @@ class Group:
             value /= self.size
         return value
 
+    def average(self, parameter: Tensor) -> None:
+        """The mean of a parameter's gradient over the group, in place."""
+        self.mean_(parameter.grad)
+
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> Callable[[], None]:
         """Average gradients over the group as each arrives in a backward pass.
 
@@ -272,6 +276,11 @@ def _fsdp_plugin(args: DiffusionBlocksTrainingArguments) -> FullyShardedDataPara
                 f"{name}={getattr(args, name)!r} does not go with FSDP2, which shards a block over processes: use "
                 f"{name}={value!r}, or launch without FSDP."
             )
+    if args.gradient_release or not args.optim.startswith("adamw_torch"):
+        raise ValueError(
+            f"optim={args.optim!r} with gradient_release={args.gradient_release} does not go with FSDP2: use torch's "
+            "AdamW and no release, or launch without FSDP."
+        )
     return plugin
 
 

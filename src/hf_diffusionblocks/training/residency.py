@@ -17,9 +17,10 @@ from ..modeling import BlockedPreTrainedModel
 from ..streaming import WEIGHTS, stream_blocks
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_trainer import BlockTrainer
+from .optimizers import plain_tensors
 from .parallel import process_state
 
-MOMENTS, AVERAGES = "moments", "ema"
+MOMENTS, CODES, AVERAGES = "moments", "codes", "ema"  # codes: moments of eight bits
 
 
 class Residency:
@@ -95,15 +96,20 @@ class StreamedResidency(Residency):
                 f"{is_at[1]}: make it with stream_blocks({home!r}, device={device.type!r}), or without."
             )
         self.streamer.release()
-        self.streamer.drop(MOMENTS, AVERAGES)
+        self.streamer.drop(MOMENTS, CODES, AVERAGES)
         self.streamer.sources = [self._state_of]
 
     def _state_of(self, block: int) -> dict[str, list[Tensor]]:
         trainer = self.trainers.get(block)
         if trainer is None:
             return {}
-        state = [t for values in trainer.optimizer.state.values() for value in values.values() for t in _plain(value)]
-        return {MOMENTS: state, AVERAGES: [] if trainer.ema is None else list(trainer.ema.shadow_params)}
+        values = (value for state in trainer.optimizer.state.values() for value in state.values())
+        moments = list({id(t): t for value in values for t in _plain(value)}.values())  # some may serve many parameters
+        return {
+            MOMENTS: [t for t in moments if t.is_floating_point()],
+            CODES: [t for t in moments if not t.is_floating_point()],  # apart: torch.save wants one dtype per storage
+            AVERAGES: [] if trainer.ema is None else list(trainer.ema.shadow_params),
+        }
 
     @property
     def active(self) -> int | None:
@@ -129,7 +135,7 @@ class StreamedResidency(Residency):
 
     @contextlib.contextmanager
     def reading(self) -> Iterator[Callable[[int], None]]:
-        with self._visits((WEIGHTS, MOMENTS, AVERAGES), None, False):
+        with self._visits((WEIGHTS, MOMENTS, CODES, AVERAGES), None, False):
             yield self.streamer.visit
 
     @contextlib.contextmanager
@@ -173,13 +179,7 @@ def _is_of(name: str, block: int) -> bool:
 
 def _plain(value: object) -> Iterator[Tensor]:
     """The tensors that hold a value of an optimizer's state; counters, which stay, are not among them."""
-    if not isinstance(value, Tensor):
-        return
-    if hasattr(value, "__tensor_flatten__"):  # a quantised state is made of several
-        for name in value.__tensor_flatten__()[0]:
-            yield from _plain(getattr(value, name))
-    elif value.numel() > 1:
-        yield value
+    return (tensor for tensor in plain_tensors(value) if tensor.numel() > 1)
 
 
 def construction(args: DiffusionBlocksTrainingArguments) -> contextlib.AbstractContextManager:
