@@ -46,7 +46,7 @@ def two(tmp_path_factory) -> Path:
     """All that two processes do when nothing goes wrong, and what they do when one of them is stopped."""
     folder = tmp_path_factory.mktemp("two")
     sharded = ("fsdp-dit", "fsdp-lm", "fsdp-streams")
-    whole = ("dit", "lm", "data", "residency", "accumulating")
+    whole = ("dit", "lm", "data", "residency", "accumulating", "released", "unclipped")
     processes.launch(folder, 2, *whole, *sharded, "stopped", "resumed", "bad")
     return folder
 
@@ -137,6 +137,10 @@ def test_more_processes_than_blocks(three, alone):
 
 def test_residency_changes_nothing_in_a_group(two):
     assert_equal(two / "residency" / "model", two / "data" / "model")
+
+
+def test_gradients_are_averaged_before_they_are_released(two):
+    assert_equal(two / "released" / "model", two / "unclipped" / "model")
 
 
 @pytest.mark.parametrize(("name", "same"), [("fsdp-dit", "dit-2"), ("fsdp-lm", "lm-2"), ("fsdp-streams", "streams-2")])
