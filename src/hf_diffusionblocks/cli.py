@@ -253,6 +253,9 @@ def _run(args: argparse.Namespace) -> None:
     from . import jobs
     from .recipes import load_recipe, make_recipe, recipe_names
 
+    seed = getattr(args, "seed", 0)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
     if args.command == "recipes":
         print("\n".join(recipe_names()))
     elif args.command == "plan":
@@ -386,5 +389,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:
             raise ValueError(f"setting {pair!r} must look like key=value.")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {pair!r}: {value!r} is not valid YAML; put text in quotes.") from error
     return settings
