@@ -259,7 +259,7 @@ def test_runs_of_other_precisions_follow_each_other_in_one_process(tmp_path):
         ({"per_device_train_batch_size": 2.5}, "per_device_train_batch_size=2.5 must be a whole number"),
         ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps=True must be a whole number"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be a positive number"),
-        ({"learning_rate": "fast"}, "learning_rate='fast' must be a positive number"),
+        ({"learning_rate": "fast"}, "learning_rate='fast' must be a finite number"),
         ({"max_stpes": 3}, "unknown training argument 'max_stpes': did you mean 'max_steps'"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be a positive number"),
         ({"lr_scheduler_type": "cosin"}, "unknown lr_scheduler_type 'cosin': did you mean 'cosine'"),

@@ -264,6 +264,9 @@ def _run(args: argparse.Namespace) -> None:
     from . import jobs
     from .recipes import load_recipe, make_recipe, recipe_names, recipe_path
 
+    seed = getattr(args, "seed", 0)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
     if args.command == "recipes":
         print("\n".join(recipe_names()) if args.path is None else recipe_path(args.path))
     elif args.command == "plan":
@@ -384,7 +387,7 @@ def _train(args: argparse.Namespace) -> None:
         suffix = "" if recipe.method == "blocked" else f"-{recipe.method}-{recipe.match}"
         suffix += f"-{recipe.layers}" if recipe.layers else ""
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
-    if args.overwrite:
+    if args.overwrite and os.environ.get("RANK", "0") == "0":  # the other processes of a run wait for this one
         overwrite_run(Path(recipe.training["output_dir"]))
     jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report)
 
@@ -397,5 +400,8 @@ def _settings(pairs: list[str]) -> dict[str, Any]:
         key, separator, value = pair.partition("=")
         if not separator:
             raise ValueError(f"setting {pair!r} must look like key=value.")
-        settings[key] = yaml.safe_load(value)
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {pair!r}: {value!r} is not valid YAML; put text in quotes.") from error
     return settings

@@ -4,14 +4,18 @@ A ``config.json`` may come from anyone. What these checks let through is cheap t
 of the config's own checks can rely on numbers being numbers.
 """
 
+import dataclasses
 import difflib
 import math
+import os
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
+
+from .suggest import as_number
 
 # The largest DiTs and decoders have 100 to 200 layers, images of 4096 x 4096 latents and patches of 2 some 4e6 tokens.
 MAX_LAYERS = 16_384
@@ -41,6 +45,50 @@ def check_fields(values: Mapping[str, Any], annotations: Mapping[str, Any]) -> N
             continue
         words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
         raise ValueError(f"{name}={_short(values.get(name))} must be {words}.")
+
+
+def settle(settings: Any, prefix: str = "") -> None:
+    """Make the fields of a dataclass, which may come from YAML or a command line, what they are declared to be.
+
+    Numbers given as text (YAML reads ``1e-4`` so) become numbers, and whole ones given with a point become whole. What
+    then has another type is an error; whether a number is finite is left to the caller.
+
+    Args:
+        settings: the dataclass.
+        prefix: before the fields' names in messages, such as ``data.``.
+
+    Raises:
+        ValueError: naming the field, its value and what it should be.
+    """
+    for entry in dataclasses.fields(settings):
+        kinds = [typing.get_origin(kind) or kind for kind in _alternatives(entry.type)]
+        value = getattr(settings, entry.name)
+        if Any in kinds:
+            continue
+        if str not in kinds and isinstance(value, str):
+            value = as_number(value, int if int in kinds else float) if {int, float} & {*kinds} else value
+        if int in kinds and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not any(_is(value, kind) for kind in kinds):
+            words = " or ".join(_WORDS.get(kind, "None") for kind in kinds)
+            raise ValueError(f"{prefix}{entry.name}={_short(value)} must be {words}.")
+        setattr(settings, entry.name, value)
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    """The types that a union stands for; of another annotation, that alone."""
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """As :func:`_holds`, but for numbers that are not finite, paths, and sequences that are no lists."""
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, (str, os.PathLike))
+    if kind is list:
+        return isinstance(value, Sequence) and not isinstance(value, str)
+    return _holds(value, kind)
 
 
 def check_values(name: str, value: Any, depth: int = 0) -> None:

@@ -178,6 +178,8 @@ def _locked(path: Path) -> Iterator[None]:
 
 def _wait_for(directories: list[Path], wait: float | int, say: Say) -> tuple[list[Part], dict[int, Part]]:
     """The parts, and who holds each block, as soon as all blocks are there."""
+    if not wait >= 0:
+        raise ValueError(f"wait={wait} must be a number of seconds that is not negative.")
     deadline, told = time.monotonic() + wait, None
     while True:
         try:

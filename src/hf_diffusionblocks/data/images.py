@@ -232,7 +232,7 @@ def load_image_dataset(
         names = list(FASHION_MNIST_CLASSES) if name_or_path == "fashion-mnist" else names
     if max_samples is not None:
         rows = torch.from_numpy(fixed_subset(len(images), max_samples))
-        images, labels = images[rows], labels[rows]
+        images, labels = images[rows], torch.as_tensor(labels)[rows]
     if not latents:
         images = images if image_size is None else square(images, image_size)
         images = images.repeat(1, 3, 1, 1) if channels == 3 else images

@@ -1,7 +1,16 @@
 """Scoring a trained model: the figures of each family."""
 
-from .images import compare_images, sample_images, score
+from .images import check_scoring, compare_images, sample_images, score
 from .table import format_figures
-from .text import generate_text, score_text
+from .text import generate_text, prompt_tokens, score_text
 
-__all__ = ["compare_images", "format_figures", "generate_text", "sample_images", "score", "score_text"]
+__all__ = [
+    "check_scoring",
+    "compare_images",
+    "format_figures",
+    "generate_text",
+    "prompt_tokens",
+    "sample_images",
+    "score",
+    "score_text",
+]

@@ -50,6 +50,16 @@ def sample_images(
     return torch.cat(batches)
 
 
+def check_scoring(recipe: Recipe, test: ImageDataset) -> None:
+    """Raise a ``ValueError`` for fewer samples or held-out images than precision and recall (3 neighbours) need."""
+    count = recipe.evaluation.num_samples
+    if min(count, len(test)) < 4:
+        raise ValueError(
+            f"evaluation.num_samples={count} and {len(test)} held-out images are too few to score: at least 4 of each "
+            "are compared. Give more, or train with --no-report."
+        )
+
+
 def score(
     model: BlockedDiTModel,
     recipe: Recipe,
@@ -70,6 +80,7 @@ def score(
     blocks or by descending ``edges``.
     """
     settings = recipe.evaluation
+    check_scoring(recipe, test)
     if test.is_latent and vae is None:
         raise ValueError(
             "the data are latents, and a score compares images: set sampling.vae to the VAE that made them, or load a "

@@ -5,11 +5,13 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.generation import BaseStreamer
 
 from ..data.tokenizing import check_tokenizer
 from ..families.causal_lm import BlockedForCausalLM
+from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..generation import denoising_generate
 from ..likelihood import language_model_likelihood, likelihood_bound
 from ..objectives import NextTokenPrediction
@@ -73,6 +75,36 @@ def score_text(
     return figures
 
 
+def prompt_tokens(
+    config: BlockedCausalLMConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> Tensor:
+    """The tokens of a prompt, [1, tokens], to which so many can be added.
+
+    Raises:
+        ValueError: for an empty prompt, a tokenizer that does not fit the model, or more tokens than its positions.
+    """
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character to go on from.")
+    check_tokenizer(tokenizer, config.vocab_size)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if ids.shape[1] == 0:
+        raise ValueError(f"the prompt {prompt!r} has no token: give one with text that the tokenizer knows.")
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    if unknown is not None and bool((ids == unknown).any()):
+        warnings.warn(
+            f"the prompt {prompt!r} holds characters that the tokenizer does not know: each is read as "
+            f"{tokenizer.unk_token}.",
+            stacklevel=2,
+        )
+    limit = config.max_position_embeddings
+    if ids.shape[1] + max_new_tokens > limit:
+        raise ValueError(
+            f"{ids.shape[1]} tokens of prompt and {max_new_tokens} new ones are more than the model's {limit} "
+            f"positions: ask for at most {max(limit - ids.shape[1], 0)} new ones, or shorten the prompt."
+        )
+    return ids
+
+
 @torch.no_grad()
 def generate_text(
     model: BlockedForCausalLM,
@@ -96,25 +128,7 @@ def generate_text(
     Raises:
         ValueError: for an empty prompt, a tokenizer that does not fit the model, or more tokens than its positions.
     """
-    if not prompt:
-        raise ValueError("the prompt is empty: give at least one character to go on from.")
-    check_tokenizer(tokenizer, model.config.vocab_size)
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)["input_ids"].to(model.device)
-    if ids.shape[1] == 0:
-        raise ValueError(f"the prompt {prompt!r} has no token: give one with text that the tokenizer knows.")
-    unknown = getattr(tokenizer, "unk_token_id", None)
-    if unknown is not None and bool((ids == unknown).any()):
-        warnings.warn(
-            f"the prompt {prompt!r} holds characters that the tokenizer does not know: each is read as "
-            f"{tokenizer.unk_token}.",
-            stacklevel=2,
-        )
-    limit = model.config.max_position_embeddings
-    if ids.shape[1] + settings.max_new_tokens > limit:
-        raise ValueError(
-            f"{ids.shape[1]} tokens of prompt and {settings.max_new_tokens} new ones are more than the model's {limit} "
-            f"positions: ask for at most {max(limit - ids.shape[1], 0)} new ones, or shorten the prompt."
-        )
+    ids = prompt_tokens(model.config, tokenizer, prompt, settings.max_new_tokens).to(model.device)
     options: dict[str, Any] = {"max_new_tokens": settings.max_new_tokens, "do_sample": settings.do_sample}
     if settings.do_sample:
         options |= {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}

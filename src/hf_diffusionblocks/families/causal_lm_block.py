@@ -57,6 +57,8 @@ def _decoder(config: BlockedCausalLMConfig, layers: Sequence[int], attention: st
             decoder = AutoModel.from_config(base)
     except ValueError as error:
         raise ValueError(f"a model of type {base.model_type!r} cannot be cut: {error}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError) as error:  # settings that transformers took
+        raise ValueError(f"the base's config does not describe a model that can be built: {error!r}.") from error
     base.vocab_size, base.pad_token_id = vocab_size, padding
     _check_decoder(decoder)
     decoder.embed_tokens = None

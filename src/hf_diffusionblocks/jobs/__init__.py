@@ -8,8 +8,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..families.base_loading import hub_settings
+from ..families.base_loading import LOADING, hub_settings
 from ..recipes import Recipe
+from ..recipes.families import FAMILIES
+from ..suggest import unknown_name
 from . import images, text
 from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
 from .images import build_trainer, load_data, sample
@@ -60,7 +62,13 @@ def evaluate(
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
     check_model_path(model_dir)
-    if recipe.family != "causal_lm" and family_of(model_dir) == "causal_lm":
+    text_model = family_of(model_dir) == "causal_lm"
+    if recipe.family == "causal_lm" and not text_model:
+        raise ValueError(
+            f"{model_dir} is no language model, and recipe {recipe.name!r} has text only: name the recipe that it was "
+            "trained with, such as --recipe digits-dit."
+        )
+    if recipe.family != "causal_lm" and text_model:
         raise ValueError(
             f"{model_dir} is a language model, and recipe {recipe.name!r} of family {recipe.family!r} has no text: "
             "name the recipe that it was trained with, such as --recipe pydoc-llama."
@@ -70,7 +78,12 @@ def evaluate(
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
-    return _of(family_of(base, **hub_settings(settings))).convert(base, output_dir, settings, say)
+    family = family_of(base, **hub_settings(settings))
+    allowed = FAMILIES[family].block_fields | {*LOADING}
+    for name in settings:
+        if name not in allowed:
+            raise ValueError(unknown_name("setting", name, allowed))
+    return _of(family).convert(base, output_dir, settings, say)
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:

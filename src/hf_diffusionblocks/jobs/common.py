@@ -70,7 +70,8 @@ def check_model_path(name: str) -> None:
 
     A Hub id has exactly one slash, ``user/model``; everything else is a path.
     """
-    if not Path(name).is_dir() and (name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/")):
+    is_path = name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/")
+    if not name or (is_path and not Path(name).is_dir()):
         raise ValueError(
             f"there is no directory {name}: give a saved model's directory, such as runs/digits-dit/model, or a Hub "
             "id, user/model."
@@ -86,9 +87,21 @@ def new_directory(path: str) -> Path:
 
 
 def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
-    """The recipe that a saved model was trained with, if it lies beside it."""
+    """The recipe that a saved model was trained with, if it lies beside it.
+
+    Raises:
+        ValueError: if what lies there is no recipe.
+    """
     path = Path(model_dir).parent / RECIPE_NAME
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        values = error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is no recipe ({values!r:.80}): remove it, and name a recipe with --recipe.")
+    return values
 
 
 def family_of(name_or_path: str, **hub: Any) -> str:
@@ -107,6 +120,12 @@ def family_of(name_or_path: str, **hub: Any) -> str:
         return "dit"
     check_model_type(values["model_type"], f"config.json in {name_or_path}", CONFIG_MAPPING)
     return "dit" if values["model_type"] == "blocked_dit" else "causal_lm"
+
+
+def check_output(output: str | None) -> None:
+    """Raise a ``ValueError`` for a file that cannot be written, before the work that it is for."""
+    if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise ValueError(f"--output {output} is a directory, or in one that does not exist: give a new JSON file.")
 
 
 def say_figures(figures: dict[str, Any], output: str | None, say: Say) -> None:

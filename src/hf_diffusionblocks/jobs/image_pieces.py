@@ -33,8 +33,8 @@ def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     common = {
         "image_column": data.image_column,
         "label_column": data.label_column,
-        "image_size": data.image_size or size,
-        "channels": data.channels or channels,
+        "image_size": size if data.image_size is None else data.image_size,
+        "channels": channels if data.channels is None else data.channels,
         "data_dir": data.data_dir,
         "max_samples": data.max_samples,
         "scaling_factor": data.scaling_factor,

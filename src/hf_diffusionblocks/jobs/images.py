@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import serialization
 from ..baselines.end_to_end import resolve_method
 from ..data import ImageDataset, cache_latents, open_image_dataset
-from ..evaluation import format_figures, sample_images, score
+from ..evaluation import check_scoring, format_figures, sample_images, score
 from ..families.base_loading import hub_settings
 from ..families.dit import BlockedDiTModel
 from ..families.dit_conversion import load_components
@@ -24,6 +24,7 @@ from .common import (
     MODEL_DIR,
     RECIPE_NAME,
     Say,
+    check_output,
     loading,
     merge_jobs,
     new_directory,
@@ -74,6 +75,8 @@ def train(
     if train_data.is_latent and vae is None:
         say("the data are latents, and sampling.vae names no VAE: the model will be saved, but not sampled and scored.")
         report = False
+    if report and blocks is None:
+        check_scoring(recipe, test_data)
     callbacks = []
     if recipe.sampling.every > 0 and blocks is None and not (train_data.is_latent and vae is None):
         callbacks.append(
@@ -266,6 +269,10 @@ def sample(
     """``diffusionblocks sample``: PNG files and one picture of them all."""
     from .. import plots
 
+    if per_class < 1:
+        raise ValueError(f"per_class={per_class} must be at least 1 image per label.")
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     with loading(block_streaming):
         pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     names = [pipe.model.config.id2label.get(i, str(i)) for i in range(pipe.model.config.num_classes)]
@@ -283,8 +290,6 @@ def sample(
         seed=seed,
         progress=True,
     )
-    folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for i, picture in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
         paths.append(folder / f"{i:05d}-class-{int(labels[i])}.png")
@@ -298,6 +303,7 @@ def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
+    check_output(output)
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
     cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")

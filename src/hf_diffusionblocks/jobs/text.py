@@ -11,7 +11,7 @@ from .. import serialization
 from ..baselines.end_to_end import resolve_method
 from ..compute import TrainingCompute, training_flops
 from ..data.tokenizing import tokenizer_size
-from ..evaluation import format_figures, generate_text, score_text
+from ..evaluation import format_figures, generate_text, prompt_tokens, score_text
 from ..families.base_loading import hub_settings
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_config import BlockedCausalLMConfig
@@ -27,6 +27,7 @@ from .common import (
     MODEL_DIR,
     RECIPE_NAME,
     Say,
+    check_output,
     merge_jobs,
     new_directory,
     say_figures,
@@ -130,6 +131,8 @@ def train(
     recipe = resolve_method(recipe, recipe.model.get("vocab_size") or tokenizer_size(tokenizer), len(train_data))
     output = Path(recipe.training_arguments().output_dir)
     trainer = build_trainer(recipe, train_data, test_data, tokenizer, blocks=blocks, lower=lower)
+    for prompt in recipe.sampling.prompts if report and (blocks is None or lower is not None) else ():
+        prompt_tokens(trainer.model.config, tokenizer, prompt, recipe.sampling.max_new_tokens)
     say = trainer_says(trainer, say)
     output.mkdir(parents=True, exist_ok=True)
     resumed = resume and bool(find_checkpoints(trainer.output_dir))
@@ -321,6 +324,7 @@ def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
+    check_output(output)
     model, tokenizer = load_model(model_dir)
     test_data = load_held_out(recipe, tokenizer)
     model.check_batch(test_data[[0]])

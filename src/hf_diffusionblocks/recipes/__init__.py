@@ -143,7 +143,10 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(f"there is no recipe file {path}.")
-        text, name = path.read_text(encoding="utf-8"), path.stem
+        try:
+            text, name = path.read_text(encoding="utf-8"), path.stem
+        except UnicodeDecodeError as error:
+            raise ValueError(f"recipe {name_or_path} is not UTF-8: {error}.") from error
     elif name_or_path in recipe_names():
         text = (resources.files(__package__) / f"{name_or_path}.yaml").read_text(encoding="utf-8")
         name = name_or_path
@@ -153,6 +156,8 @@ def load_recipe(name_or_path: str, overrides: Iterable[str] = ()) -> Recipe:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {name_or_path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {name_or_path} holds {values!r:.60}, not sections such as data and training.")
     return make_recipe({"name": name, **values}, overrides)
 
 
@@ -165,11 +170,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {part!r} is a value, not a section.")
-    values[last] = yaml.safe_load(text)
+    try:
+        values[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"override {override!r}: {text!r} is not valid YAML; put text in quotes.") from error
 
 
 def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
     """A checked recipe from plain values; see :func:`load_recipe`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"a recipe holds sections such as data and training, not {values!r:.60}.")
     values = copy.deepcopy(values)
     for override in overrides:
         _apply_override(values, override)
@@ -178,6 +188,8 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     for name, allowed in (("family", tuple(FAMILIES)), ("method", METHODS), ("match", MATCHES)):
         if values.get(name, allowed[0]) not in allowed:
             raise ValueError(unknown_name(name, values[name], allowed))
+    if not isinstance(values.get("name", ""), str):
+        raise ValueError(f"name={values['name']!r:.60} must be text: the recipe's name.")
     kind = FAMILIES[family]
     for name in ("data", "sampling", "evaluation"):
         section = values.get(name) or {}
@@ -191,9 +203,8 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     recipe = Recipe(**values)
     if recipe.layers is not None:
         _check_layers(recipe)
-    for name, value in recipe.training.items():  # YAML reads 1e-4 as text
-        recipe.training[name] = _number(value)
-    recipe.training_arguments()
+    args = recipe.training_arguments()
+    recipe.training = {name: getattr(args, name) for name in recipe.training}  # YAML reads 1e-4 as text
     if family == "causal_lm":
         check_text_recipe(recipe.model, recipe.data)
     if "base" not in recipe.model:
@@ -209,15 +220,6 @@ def _check_layers(recipe: Recipe) -> None:
             f"layers={recipe.layers} is the depth of method=shallow, not of method={recipe.method}: for another depth "
             f"set model.{recipe.kind.layers_key}."
         )
-
-
-def _number(value: Any) -> Any:
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def _check_section(name: str, section: Any, allowed: list[str] | None, family: str) -> None:

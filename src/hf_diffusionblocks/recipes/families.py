@@ -91,7 +91,7 @@ def check_text_recipe(model: Mapping[str, Any], data: TextData) -> None:
             "its own tokens only: leave data.tokenizer out, or give model a model_type instead of base."
         )
     length, positions = data.block_length, model.get("max_position_embeddings")
-    if positions is not None and length > positions:
+    if isinstance(positions, int) and length > positions:
         raise ValueError(
             f"data.block_length={length} is more than model.max_position_embeddings={positions}: shorten the rows, or "
             "give the model as many positions."

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..config_checks import settle
 from ..generation import BRIDGES
 from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
@@ -29,6 +30,12 @@ class ImageData:
     test_files: str | None = None
     max_samples: int | None = None
     scaling_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        settle(self, "data.")
+        for name in ("image_size", "max_samples"):
+            if getattr(self, name) is not None:
+                _check_whole("data", self, **{name: 1})
 
 
 @dataclass
@@ -65,6 +72,11 @@ class TextData:
     num_proc: int | None = None
 
     def __post_init__(self) -> None:
+        settle(self, "data.")
+        _check_whole("data", self, block_length=2)
+        for name in ("max_samples", "max_test_samples", "num_proc"):
+            if getattr(self, name) is not None:
+                _check_whole("data", self, **{name: 1})
         if self.streaming and (self.max_samples is None or self.max_test_samples is None):
             raise ValueError(
                 f"data.streaming=true with data.max_samples={self.max_samples} and data.max_test_samples="
@@ -87,6 +99,7 @@ class ImageSampling:
         for name, allowed in (("solver", SOLVERS), ("grid", GRIDS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(f"sampling.{name}", getattr(self, name), allowed))
+        settle(self, "sampling.")
         _check_whole("sampling", self, num_inference_steps=1, every=0)
         _check_guidance("sampling", self)
 
@@ -119,6 +132,9 @@ class TextSampling:
     def __post_init__(self) -> None:
         if isinstance(self.prompts, str):
             self.prompts = [self.prompts]
+        if self.prompts is None:
+            self.prompts = []
+        settle(self, "sampling.")
         if not self.prompts or not all(isinstance(prompt, str) and prompt for prompt in self.prompts):
             raise ValueError(
                 f"the prompt is empty (sampling.prompts={self.prompts!r}): give at least one character to go on from."
@@ -152,6 +168,7 @@ class ImageEvaluation:
     feature_network: str = "classifier"
 
     def __post_init__(self) -> None:
+        settle(self, "evaluation.")
         whole = {"num_samples": 2, "num_draws": 1, "batch_size": 1, "classifier_epochs": 1, "classifier_width": 1}
         if self.held_out_samples is not None:
             whole["held_out_samples"] = 1
@@ -193,6 +210,7 @@ class TextEvaluation:
     num_draws: int = 4
 
     def __post_init__(self) -> None:
+        settle(self, "evaluation.")
         for name in ("rows", "batch_size", "num_draws"):
             value = getattr(self, name)
             if value is None and name == "rows":

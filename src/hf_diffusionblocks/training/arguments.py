@@ -9,7 +9,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import SchedulerType, get_scheduler
 
-from ..suggest import as_number, unknown_name
+from ..config_checks import settle
+from ..suggest import unknown_name
 
 ORDERS = ("simultaneous", "sequential")
 LOWER_OUTPUTS = ("recompute", "disk")
@@ -135,13 +136,15 @@ class DiffusionBlocksTrainingArguments:
     cpu: bool = field(default=False, metadata={"help": "use the CPU even where there is an accelerator"})
 
     def __post_init__(self) -> None:
-        for entry in fields(self):  # YAML reads 1e-4 as text, and no as False
-            if entry.type in (int, float) and isinstance(getattr(self, entry.name), str):
-                setattr(self, entry.name, as_number(getattr(self, entry.name), entry.type))
-        if self.mixed_precision in (False, None):
+        if self.mixed_precision in (False, None):  # YAML reads no as False
             self.mixed_precision = "no"
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to in ("none", "") else [self.report_to]
+        settle(self)
+        if not str(self.output_dir):
+            raise ValueError("output_dir is empty: give a directory; '.' is the current one.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} must lie between -2^63 and 2^63 - 1.")
         for name, low in (
             ("steps_per_visit", 1),
             ("per_device_train_batch_size", 1),

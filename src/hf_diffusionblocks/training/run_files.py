@@ -49,8 +49,19 @@ def set_aside(output_dir: Path) -> None:
 
 
 def overwrite_run(output_dir: Path) -> None:
-    """Remove a run's files so that it starts anew. Only what a run writes is removed."""
+    """Remove a run's files so that it starts anew. Only what a run writes is removed.
+
+    Raises:
+        ValueError: if a folder that a run would remove is there, but no run.
+    """
     jobs = find_jobs(output_dir)
+    logs = [output_dir / name for name in (UPDATES_NAME, EVALUATIONS_NAME)]
+    others = [name for name in ("model", "samples") if (output_dir / name).exists()]
+    if others and not any(path.exists() for path in (*find_checkpoints(output_dir), *logs, *jobs)):
+        raise ValueError(
+            f"{output_dir} holds {' and '.join(others)}, but no run (no {UPDATES_NAME}, no checkpoint): it may be "
+            "someone's, and is not removed. Give another directory, or remove it yourself."
+        )
     for path in [*find_checkpoints(output_dir), *jobs, output_dir / "model", output_dir / "samples"]:
         shutil.rmtree(path, ignore_errors=True)
     for name in (UPDATES_NAME, EVALUATIONS_NAME):
