@@ -75,10 +75,12 @@ class LiveStorages:
     Attributes:
         live: bytes that are held now.
         peak: the most that was held at a time.
+        history: ``live`` after each new storage.
     """
 
     def __init__(self) -> None:
         self.live = self.peak = 0
+        self.history: list[int] = []
         self._storages: dict[int, weakref.ref] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -95,6 +97,7 @@ class LiveStorages:
             self._storages[key] = weakref.ref(storage, freed)
             self.live += size
             self.peak = max(self.peak, self.live)
+            self.history.append(self.live)
 
 
 class SavedTensors(LiveStorages):

@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..streaming import stream_blocks
+from ..training.arguments import DiffusionBlocksTrainingArguments
 
 MODEL_DIR = "model"
 FIGURES_DIR = "figures"
@@ -27,6 +28,17 @@ def pick_device() -> torch.device:
 def loading(block_streaming: str | None) -> contextlib.AbstractContextManager:
     """A context in which saved models are loaded whole; or block by block, which then rest in ``host`` or ``disk``."""
     return contextlib.nullcontext() if block_streaming is None else stream_blocks(block_streaming, device=pick_device())
+
+
+def planned(args: DiffusionBlocksTrainingArguments) -> dict[str, Any]:
+    """The settings of a run that a plan of its memory depends on."""
+    return {
+        "batch_size": args.per_device_train_batch_size,
+        "mixed_precision": args.mixed_precision,
+        "use_ema": args.use_ema,
+        "optim": args.optim,
+        "gradient_release": args.gradient_release,
+    }
 
 
 def check_model_path(name: str) -> None:
