@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 STARTED := $(VENV)/.install-started
 PYTEST_ARGS ?=
-BENCHMARKS ?= $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS ?= benchmarks/memory.py benchmarks/speed.py benchmarks/text_memory.py benchmarks/text_speed.py
 
 # The first interpreter that is new enough (transformers and diffusers need 3.11); `make test PYTHON=...` overrides.
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
@@ -58,7 +58,7 @@ test-slow: $(STAMP) ## Run the tests that take minutes
 lint: $(STAMP) ## Check the style
 	$(PY) -m ruff check .
 
-bench: $(STAMP) ## Run benchmarks/*.py, or those named: make bench BENCHMARKS=benchmarks/memory.py
+bench: $(STAMP) ## Memory and speed, or the scripts named: make bench BENCHMARKS=benchmarks/residency.py
 	@[ -n "$(strip $(BENCHMARKS))" ] || { echo "error: no script in benchmarks/" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
 

@@ -19,7 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from hf_diffusionblocks import BlockedForCausalLM
-from hf_diffusionblocks.memory_counting import AnyValue, MemoryUse, SavedTensors, held_bytes, state_of
+from hf_diffusionblocks.memory_counting import MemoryUse, SavedTensors, held_bytes, state_of
+from hf_diffusionblocks.memory_fake_steps import AnyValue
 from hf_diffusionblocks.modeling import enable_checkpointing
 from hf_diffusionblocks.objectives import NextTokenPrediction
 

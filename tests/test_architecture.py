@@ -36,6 +36,8 @@ ORDER = [
     "merging",
     "training",
     "memory_counting",
+    "memory_alternatives",
+    "memory_fake_steps",
     "memory",
     "compute",
     "data",

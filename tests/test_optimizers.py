@@ -166,7 +166,7 @@ def test_the_command_trains_with_another_optimizer(tmp_path, capsys):
     ("settings", "message"),
     [
         ({"optim": "adamw"}, "unknown optim 'adamw'.*adamw_torch"),
-        ({"optim_args": "amsgrad"}, "optim_args='amsgrad' must be a dict"),
+        ({"optim_args": "amsgrad"}, "optim_args='amsgrad' must be a mapping"),
         ({"gradient_release": True}, "gradient_release=True with max_grad_norm=1.0.*Set max_grad_norm=0"),
         (
             {**RELEASE, "gradient_accumulation_steps": 2},

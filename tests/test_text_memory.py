@@ -32,10 +32,13 @@ def test_a_block_of_three_holds_a_third_of_weights_gradients_and_moments(rows, c
     assert 1 / 3 < block.state / whole.state <= 0.36
     assert block.auxiliary == 0 and block.shared == 64 * 192 * 4
     # An auxiliary layer costs itself, four times; which block holds the most, one that trains the embeddings or not,
-    # may differ.
-    extra = rows["clean, one auxiliary layer", checkpointing]
-    assert extra.auxiliary > 0
-    assert extra.state - block.state == pytest.approx(4 * extra.auxiliary, abs=4 * block.shared)
+    # one with an auxiliary layer or with one more of its own, may differ.
+    extra, layer = (
+        rows["clean, one auxiliary layer", checkpointing],
+        rows["clean, one auxiliary layer", False].auxiliary,
+    )
+    assert layer > 0
+    assert extra.state - block.state == pytest.approx(4 * layer, abs=4 * block.shared)
 
 
 @pytest.mark.parametrize(

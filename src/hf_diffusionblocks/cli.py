@@ -66,10 +66,13 @@ def _add_plan(commands: Any) -> None:
     parser = _command(
         commands,
         "plan",
-        "Print the partition, the parameters by block and what a training step holds, without allocating the model. "
+        "Print the partition, the parameters by block and what a training step holds, without allocating the model, "
+        "beside what other methods (checkpointing, 8-bit Adam, LoRA, BAdam, ...) hold, alone and with one block. "
         "For text also what training costs, and whether blocks pay in your case.",
         "  diffusionblocks plan imagenet256-dit-l2\n"
         "  diffusionblocks plan lm1b-llama training.max_steps=100000\n"
+        "  diffusionblocks plan digits-dit training.optim=adafactor training.gradient_release=true "
+        "training.max_grad_norm=0\n"
         "  diffusionblocks plan cifar10-dit-s2 blocks.num_blocks=6 training.per_device_train_batch_size=64",
     )
     _add_recipe(parser)

@@ -10,24 +10,26 @@ forward, without gradient, on each batch (unless their outputs are kept on disk,
 so an update of every block costs 1.67 end-to-end updates, not 1. Noisy targets are a second stream of tokens through
 the block's layers. Heads are counted too: with large vocabularies, B of them are no longer small.
 
-As in :mod:`.memory`, a step runs on fake tensors, which have shapes but no memory; torch's counter sees its matrix
-products, and attention by its mathematical definition (all pairs, no saving from causality). Two things are left out:
-what is not a matrix product, and a teacher. The loss is counted at all T positions, though the last one has no label.
+A step runs on the meta device, whose tensors have shapes but no memory; torch's counter sees its matrix products, and
+attention by its mathematical definition (all pairs, no saving from causality). Two things are left out: what is not a
+matrix product, and a teacher. The loss is counted at all T positions, though the last one has no label.
 """
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
 from .families.causal_lm_config import BlockedCausalLMConfig
-from .memory_counting import AnyValue, set_mode
-from .modeling import BlockedPreTrainedModel
+from .memory import end_to_end_config
+from .memory_counting import set_mode
+from .memory_fake_steps import AnyValue, few_chunks, recut
 from .objectives import default_objective
 from .suggest import unknown_name
 from .training.arguments import LOWER_OUTPUTS
@@ -143,8 +145,9 @@ def training_flops(
     if lower_outputs == "disk" and not (passes and passes > 0):
         raise ValueError(f"passes={passes!r} with lower_outputs='disk': say how often each block reads the data set.")
     times = 1 / passes if lower_outputs == "disk" else 1.0
-    whole = _count(_end_to_end(config), batch_size, gradient_checkpointing, batch_settings)
-    counted = _count(config, batch_size, gradient_checkpointing, batch_settings)
+    plain, given = end_to_end_config(config), (batch_size, gradient_checkpointing, batch_settings)
+    whole = _whole(plain, *given)
+    counted = [(whole, 0)] if plain.to_dict() == config.to_dict() else _count(config, *given)
     cascade = getattr(config, "context", "independent") == "cascade"
     rows, below = [], 0
     for block, (own, lower) in enumerate(counted):
@@ -152,50 +155,64 @@ def training_flops(
         auxiliary = config.auxiliary_layers_of(block) if isinstance(config, BlockedCausalLMConfig) else 0
         rows.append(BlockCompute(block, layers, auxiliary, below if cascade else 0, own + times * lower))
         below += layers
-    return TrainingCompute(tuple(rows), float(whole[0][0]), batch_size)
+    return TrainingCompute(tuple(rows), float(whole), batch_size)
 
 
-def _end_to_end(config: DiffusionBlocksConfig) -> DiffusionBlocksConfig:
-    """The config of the same layers in one block; of a language model, an ordinary one."""
-    changes = {"edges": None, "layers_per_block": None, "num_blocks": 1, "partition": "equal_probability"}
-    if isinstance(config, BlockedCausalLMConfig):
-        changes |= {"readout": "clean", "context": "independent", "auxiliary_layers": 0}
-    return type(config).from_dict(config.to_dict() | changes)
+def _whole(config: DiffusionBlocksConfig, batch_size: int, checkpointing: bool, batch_settings: dict[str, Any]) -> int:
+    """FLOPs of an update of the only block, from blocks of one and two of its layers: each further one costs the same.
+
+    A layer's products depend on its sizes alone, which are those of every other layer.
+    """
+    if config.num_layers <= 2:
+        return _count(config, batch_size, checkpointing, batch_settings)[0][0]
+    cuts = [
+        recut(config, num_blocks=2, layers_per_block=[n, config.num_layers - n], partition="equal_probability")
+        for n in (1, 2)
+    ]
+    one, two = (_count(cut, batch_size, checkpointing, batch_settings, blocks=[0])[0][0] for cut in cuts)
+    return one + (config.num_layers - 1) * (two - one)
 
 
 def _count(
-    config: DiffusionBlocksConfig, batch_size: int, checkpointing: bool, batch_settings: dict[str, Any]
+    config: DiffusionBlocksConfig,
+    batch_size: int,
+    checkpointing: bool,
+    batch_settings: dict[str, Any],
+    blocks: Sequence[int] | None = None,
 ) -> list[tuple[int, int]]:
     """FLOPs of an update of each block, and of the forward pass of the layers below it."""
     objective = default_objective(config)
     with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    known: dict[tuple, tuple[int, int]] = {}
-    result = []
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        model.to_empty(device="cpu")
-        set_mode(model, checkpointing, preserve_rng_state=False)
-        batch = model.dummy_batch(batch_size, **batch_settings)
-        batch.pop("hidden_states", None)  # what lower blocks give is computed here
-        with AnyValue():
-            for block in range(config.num_blocks):
-                shapes = tuple(tuple(p.shape) for _, p in model.block_parameters(block))
-                lower = _flops_below(model, block, batch)
-                key = (shapes, lower)
-                if key not in known:
-                    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-                        objective(model, block, batch, torch.Generator()).loss.backward()
-                    known[key] = (counter.get_total_flops() - lower, lower)
-                result.append(known[key])
+        model = AutoModel.from_config(config, blocks=blocks)
+    set_mode(model, checkpointing, preserve_rng_state=False)
+    # Products are linear in the number of samples; two chunks of the loss are recomputed as a hundred are.
+    few = few_chunks(model, batch_size, 2, batch_settings)
+    batch = {name: value.to("meta") for name, value in model.dummy_batch(few, **batch_settings).items()}
+    batch.pop("hidden_states", None)  # what lower blocks give is computed here
+    cascade = getattr(config, "context", "independent") == "cascade"
+    known: dict[tuple, int] = {}
+    result, below = [], 0
+    with AnyValue():
+        hidden = model.context_of(0, batch["input_ids"]) if cascade else None
+        for block in model.resident_blocks:
+            key = tuple(tuple(p.shape) for _, p in model.block_parameters(block))
+            if key not in known:
+                given = {"hidden_states": hidden} if cascade and block > 0 else {}
+                with _counting() as counter:
+                    objective(model, block, batch | given, torch.Generator()).loss.backward()
+                known[key] = counter.get_total_flops()
+            result.append((known[key] * batch_size // few, below * batch_size // few))
+            if cascade and block < config.num_blocks - 1:
+                with _counting() as counter, torch.no_grad():
+                    hidden = model.clean_block(hidden, block)
+                below += counter.get_total_flops()
     return result
 
 
-def _flops_below(model: BlockedPreTrainedModel, block: int, batch: dict[str, torch.Tensor]) -> int:
-    if getattr(model.config, "context", "independent") != "cascade" or block == 0:
-        return 0
+@contextlib.contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.context_of(block, batch["input_ids"])
-    return counter.get_total_flops()
+        yield counter
 
 
 __all__ = ["BlockCompute", "TrainingCompute", "training_flops"]

@@ -21,12 +21,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.overrides import TorchFunctionMode
 
 from .modeling import BlockedPreTrainedModel, enable_checkpointing
 from .objectives import ObjectiveResult, default_objective
@@ -78,10 +75,12 @@ class LiveStorages:
     Attributes:
         live: bytes that are held now.
         peak: the most that was held at a time.
+        history: ``live`` after each new storage.
     """
 
     def __init__(self) -> None:
         self.live = self.peak = 0
+        self.history: list[int] = []
         self._storages: dict[int, weakref.ref] = {}
 
     def add(self, tensor: Tensor) -> None:
@@ -98,6 +97,7 @@ class LiveStorages:
             self._storages[key] = weakref.ref(storage, freed)
             self.live += size
             self.peak = max(self.peak, self.live)
+            self.history.append(self.live)
 
 
 class SavedTensors(LiveStorages):
@@ -141,22 +141,6 @@ class SavedTensors(LiveStorages):
         pack, unpack = torch._C._autograd._top_saved_tensors_default_hooks(True)
         with saved_tensors_hooks(lambda tensor: pack(self._pack(tensor)), unpack):
             yield
-
-
-class AnyValue(TorchFunctionMode):
-    """While active, checks of values (labels, noise levels in range) read 1 from fake tensors, which have none."""
-
-    _READ = {"item": int, "__int__": int, "__index__": int, "__float__": float, "__bool__": bool}
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if args and isinstance(args[0], FakeTensor):
-            if name in self._READ:
-                return self._READ[name](1)
-            if name in ("numpy", "tolist"):
-                ones = np.ones(tuple(args[0].shape))
-                return ones if name == "numpy" else ones.tolist()
-        return func(*args, **(kwargs or {}))
 
 
 def watch_gradients(loss: Tensor, parameters: Iterable[Tensor], counts: LiveStorages) -> None:

@@ -17,6 +17,7 @@ from ..evaluation import format_figures
 from ..merging import merge_run
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
+from ..training.arguments import DiffusionBlocksTrainingArguments
 from ..training.run_files import UPDATES_NAME, find_jobs
 
 MODEL_DIR = "model"
@@ -63,6 +64,17 @@ def merge_jobs(output: Path, summary: dict[str, Any], say: Say) -> Path | None:
             row["block"]: row["update"] for row in sorted(rows, key=itemgetter("block", "update"))
         }
     return merged
+
+
+def planned(args: DiffusionBlocksTrainingArguments) -> dict[str, Any]:
+    """The settings of a run that a plan of its memory depends on."""
+    return {
+        "batch_size": args.per_device_train_batch_size,
+        "mixed_precision": args.mixed_precision,
+        "use_ema": args.use_ema,
+        "optim": args.optim,
+        "gradient_release": args.gradient_release,
+    }
 
 
 def check_model_path(name: str) -> None:

@@ -29,6 +29,7 @@ from .common import (
     merge_jobs,
     new_directory,
     pick_device,
+    planned,
     say_figures,
     say_where,
     trainer_says,
@@ -43,12 +44,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     recipe = resolve_method(recipe)
     config = recipe.config()
     args = recipe.training_arguments()
-    table = plan_memory(
-        config,
-        batch_size=args.per_device_train_batch_size,
-        mixed_precision=args.mixed_precision,
-        use_ema=args.use_ema,
-    )
+    table = plan_memory(config, **planned(args))
     with torch.device("meta"):
         model = BlockedDiTModel(config)
     say(format_block_parameters(model))
@@ -160,12 +156,7 @@ def write_report(
         ("one batch through the blocks", plots.plot_denoising(steps, model.partition, folder / "denoising.png"))
     )
     pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
-    memory = plan_memory(
-        model.config,
-        batch_size=args.per_device_train_batch_size,
-        mixed_precision=args.mixed_precision,
-        use_ema=args.use_ema,
-    )
+    memory = plan_memory(model.config, **planned(args), alternatives=False)
     pictures.append(("memory", plots.plot_memory(memory, folder / "memory.png")))
     pictures.append(("losses", plots.plot_losses(output, folder / "losses.png")))
     figures = score(

@@ -30,6 +30,7 @@ from .common import (
     check_output,
     merge_jobs,
     new_directory,
+    planned,
     say_figures,
     say_where,
     trainer_says,
@@ -50,7 +51,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     vocab_size = planned_vocabulary(recipe)
     recipe = resolve_method(recipe, vocab_size)
     config, args = recipe.config(vocab_size), recipe.training_arguments()
-    table = _memory(config, recipe)
+    table = _memory(config, recipe, True)
     tokens = {"tokens": recipe.data.block_length}
     batch_size = args.per_device_train_batch_size
     rows = recipe.data.max_samples
@@ -82,15 +83,9 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     return table.to_dict() | {"compute": dict(advice_values(cost, small)), "advice": advised}
 
 
-def _memory(config: BlockedCausalLMConfig, recipe: Recipe) -> MemoryPlan:
+def _memory(config: BlockedCausalLMConfig, recipe: Recipe, alternatives: bool) -> MemoryPlan:
     args = recipe.training_arguments()
-    return plan_memory(
-        config,
-        batch_size=args.per_device_train_batch_size,
-        mixed_precision=args.mixed_precision,
-        use_ema=args.use_ema,
-        tokens=recipe.data.block_length,
-    )
+    return plan_memory(config, **planned(args), alternatives=alternatives, tokens=recipe.data.block_length)
 
 
 def _parts(model: BlockedForCausalLM) -> list[str]:
@@ -193,7 +188,7 @@ def write_report(
     ]
     lines = "\n\n".join(text for _, text in samples) + "\n"
     serialization.atomic_write(folder / "samples.txt", lambda path: path.write_text(lines, encoding="utf-8"))
-    table = _memory(model.config, recipe)
+    table = _memory(model.config, recipe, False)
     pictures = [
         ("losses", plots.plot_losses(output, folder / "losses.png", "nats per token", "whole model")),
         (
