@@ -26,7 +26,8 @@ def probes_of(name: str, arm: Any) -> list[str]:
             ]
         ]
     last = arm.blocks - 1
-    kind = "exact" if arm.above == "model" else "emulator" if arm.above else "local"
+    exact = arm.above == "model" or arm.training.get("gradient") == "exact"
+    kind = "exact" if exact else "emulator" if arm.above else "local"
     if kind == "local" and arm.config.get("auxiliary_layers"):
         kind = "local, auxiliary"
     blocks = [b for stage in arm.stages for b in stage]
