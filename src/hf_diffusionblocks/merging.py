@@ -144,22 +144,25 @@ def merge_blocks(
 def merge_run(output_dir: Path, say: Say = lambda line: None) -> Path | None:
     """Merge what the processes of a run have saved, in ``model`` beside them, if all blocks are there.
 
-    Every process calls it when it has saved its own; one at a time, so that the last one finds all of them.
+    Every process calls it when it has saved its own; one at a time, so that the last one finds all of them. A model
+    that is there was merged by another process of the same run: the trainer removes an earlier one when it starts.
 
     Returns:
-        The merged model's directory; None if blocks are missing, which ``say`` gets to know.
+        The merged model's directory if this process made it; None, and ``say`` gets to know why, otherwise.
     """
     jobs = [path for path in sorted(output_dir.glob("blocks-[0-9]*")) if path.is_dir()]
     target = output_dir / "model"
     staging = output_dir / ".model.merged"
     with _locked(output_dir / ".merge.lock"):
         shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
+        if target.exists():
+            say(f"another process merged the blocks in {target}.")
+            return None
         try:
             merge_blocks(jobs, staging)
         except BlocksMissingError as error:
             say(f"not merged yet: {error} The last job to end merges them; or: diffusionblocks merge.")
             return None
-        serialization.remove_tree(target)
         os.replace(staging, target)
     return target
 

@@ -9,6 +9,7 @@ Layout (beside ``config.json``)::
 Every file is written beside its final name and renamed, the index last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,7 +87,8 @@ def remove_tree(path: Path) -> None:
     """Remove a directory so that a half-removed one is never taken for a whole one: rename first."""
     if path.exists():
         doomed = path.with_name(f".{path.name}.removed-{os.getpid()}")
-        os.replace(path, doomed)
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.replace(path, doomed)
         shutil.rmtree(doomed, ignore_errors=True)
 
 

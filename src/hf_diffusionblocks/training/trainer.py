@@ -16,6 +16,7 @@ from ..agreement import HISTORY
 from ..merging import merge_run
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
+from ..serialization import remove_tree
 from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
 from .block_order import block_schedule
 from .block_trainer import BadSampleError, BlockTrainer, Objective
@@ -187,7 +188,9 @@ class DiffusionBlocksTrainer:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         if self.group.is_leader:
             clean_staging(self.output_dir)
-        self.group.wait()
+        if self.is_job:
+            remove_tree(Path(self.args.output_dir) / "model")  # merged anew by the last job to end
+        self.accelerator.wait_for_everyone()
         self._resume(resume_from_checkpoint)
         if self.args.report_to:
             self.accelerator.init_trackers("diffusionblocks", config=flat_values(self.args.to_dict()))
@@ -368,11 +371,8 @@ class DiffusionBlocksTrainer:
     def save_model(self, output_dir: str | os.PathLike | None = None) -> Path:
         """Save the averaged weights (the trained ones without an average) in the layout of ``from_pretrained``.
 
-        All processes of a run call it. Where they own different blocks, each saves its own in a directory of its own,
-        and the last one to do so merges them in ``output_dir/model`` of the run, unless a directory was named.
-
-        Returns:
-            The directory with this process's blocks; the merged model's if all are there.
+        All processes of a run call it. Where they own different blocks, each saves its own and returns their directory;
+        unless one was named, the last to do so merges all in ``output_dir/model`` of the run, and returns that.
         """
         target = Path(output_dir) if output_dir is not None else self.output_dir / "model"
         mark_trained(self.model, self.trainers, self.num_updates)
