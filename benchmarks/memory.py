@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py
     python benchmarks/memory.py --layers 12 --width 384 --batch-size 8 --mixed-precision bf16
+    python benchmarks/memory.py --optim adafactor --gradient-release
 
 Prints a markdown table for end to end (B = 1) and one of B blocks, without and with checkpointing. Each measured row is
 one update of a model that holds that block only. Bytes are counted by tensor, so the table is the same each time; it
@@ -18,6 +19,7 @@ import torch
 
 from hf_diffusionblocks import BlockedDiTConfig, BlockedDiTModel
 from hf_diffusionblocks.memory import BLOCKED, CHECKPOINTING, MemoryUse, measure_memory, plan_memory
+from hf_diffusionblocks.training.arguments import OPTIMIZERS
 
 KINDS = ("weights", "gradients", "moments", "ema", "activations", "total")
 
@@ -46,7 +48,12 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[int, bool, MemoryUse, Memor
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for num_blocks in args.blocks:
         config = BlockedDiTConfig(base_config=base, num_blocks=num_blocks)
-        plan = plan_memory(config, batch_size=args.batch_size, mixed_precision=args.mixed_precision)
+        how = {
+            "mixed_precision": args.mixed_precision,
+            "optim": args.optim,
+            "gradient_release": args.gradient_release,
+        }
+        plan = plan_memory(config, batch_size=args.batch_size, alternatives=False, **how)
         for checkpointing in (False, True):
             predicted = plan.worst(BLOCKED + (CHECKPOINTING if checkpointing else ""))
             model = BlockedDiTModel(config, blocks=[predicted.block]).to(device)
@@ -54,8 +61,8 @@ def rows(args: argparse.Namespace) -> Iterator[tuple[int, bool, MemoryUse, Memor
                 model,
                 predicted.block,
                 model.dummy_batch(args.batch_size),
-                mixed_precision=args.mixed_precision,
                 gradient_checkpointing=checkpointing,
+                **how,
             )
             yield num_blocks, checkpointing, predicted, measured
 
@@ -67,6 +74,8 @@ def main() -> None:
     parser.add_argument("--sample-size", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--mixed-precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--optim", default="adamw_torch_fused", choices=OPTIMIZERS)
+    parser.add_argument("--gradient-release", action="store_true")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 2, 3, 6])
     args = parser.parse_args()
     if args.width < 64 or args.width % 64:
@@ -75,9 +84,9 @@ def main() -> None:
         args.blocks = [1, *args.blocks]  # what the ratios are over
     print(
         f"DiT, {args.layers} layers, width {args.width}, images 4 x {args.sample_size} x {args.sample_size}, patches "
-        f"of 2, batch {args.batch_size}, AdamW, float32 weights, autocast {args.mixed_precision}; {processor()}, torch "
-        f"{torch.__version__}, {datetime.date.today()}. MiB, predicted / measured; ratio: measured over B = 1 without "
-        "checkpointing.\n"
+        f"of 2, batch {args.batch_size}, {args.optim}{', gradient release' * args.gradient_release}, float32 weights, "
+        f"autocast {args.mixed_precision}; {processor()}, torch {torch.__version__}, {datetime.date.today()}. MiB, "
+        "predicted / measured; ratio: measured over B = 1 without checkpointing.\n"
     )
     print(f"| B | checkpointing | {' | '.join(KINDS)} | ratio |")
     print("|" + " --- |" * (len(KINDS) + 3))

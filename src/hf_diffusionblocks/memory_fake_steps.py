@@ -157,9 +157,10 @@ class FakeStep:
         return self._probes[key], number
 
     def _extrapolate(self, model: BlockedPreTrainedModel, block: int) -> "_Counts | None":
-        """From two short blocks; None if the block is short itself or if its layers differ in size."""
+        """From two short blocks; None if these would take as long as the block itself, or if its layers differ in
+        size."""
         layers = len(model.partition.layers(block))
-        if layers <= _PROBE_LAYERS:
+        if layers <= _PROBE_LAYERS + 1:
             return None
         probes = [self._probe(model.config, block, n) for n in (_PROBE_LAYERS - 1, _PROBE_LAYERS)]
         if None in probes:
