@@ -63,6 +63,8 @@ def three(tmp_path_factory, two) -> Path:
 def alone(tmp_path_factory) -> Path:
     """The same runs in one process; ``-2`` and ``-4`` accumulate as many forward passes per update."""
     folder = tmp_path_factory.mktemp("alone")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes have: more threads sum in another order
     for name, kind, settings in (
         ("dit", "dit", {}),
         ("dit-2", "dit", {"gradient_accumulation_steps": 2}),
@@ -73,6 +75,7 @@ def alone(tmp_path_factory) -> Path:
         ("two-2", "dit", {"num_blocks": 2, "gradient_accumulation_steps": 2}),
     ):
         processes.train(folder / name, kind, **settings)
+    torch.set_num_threads(threads)
     return folder
 
 
