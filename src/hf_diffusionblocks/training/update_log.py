@@ -27,10 +27,12 @@ def read_rows(records: list[Row], iteration: int, advice: str) -> list[Row]:
         row = {k: (v.item() if isinstance(v, Tensor) else v) for k, v in record.items()}
         row["iteration"] = first + offset + 1
         if not all(torch.isfinite(torch.tensor(row[k])) for k in ("loss", "grad_norm")):
+            levels = ""
+            if sigma.numel():  # a clean readout draws none
+                levels = f", with noise levels from {sigma.min().item():.4g} to {sigma.max().item():.4g}"
             raise NonFiniteLossError(
                 f"the loss of block {row['block']} became {row['loss']} (gradient norm {row['grad_norm']}) in its "
-                f"update {row['update']} (iteration {row['iteration']}), with noise levels from "
-                f"{sigma.min().item():.4g} to {sigma.max().item():.4g}. {advice} "
+                f"update {row['update']} (iteration {row['iteration']}){levels}. {advice} "
                 "Lower the learning rate, clip the gradient, or check the data."
             )
         rows.append(row)
