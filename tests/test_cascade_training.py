@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_diffusionblocks import BlockedForCausalLM, DiffusionBlocksTrainer
+from hf_diffusionblocks import BlockedForCausalLM, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from hf_diffusionblocks.objectives.next_token import NextTokenPrediction
 from hf_diffusionblocks.serialization import same_tensors
 from hf_diffusionblocks.training.checkpoint import find_checkpoints
+from hf_diffusionblocks.training.data_stream import fetch
+from hf_diffusionblocks.training.trainer import NonFiniteLossError
 from runs import everything, make_trainer, reset_accelerate, updates
 from test_resume import At, assert_same_run
-from tiny_text import ARCHITECTURES, TokenRows, blocked_lm, new_lm, tokens
+from tiny_text import ARCHITECTURES, TokenRows, base_lm, blocked_lm, new_lm, tokens
 
 READOUTS, CONTEXTS = ["clean", "exact", "edm"], ["independent", "cascade"]
 SHARED = "embed_tokens.weight"
@@ -416,19 +418,39 @@ def test_handing_over_needs_an_order(tmp_path):
 
 @pytest.mark.parametrize("indexed", ["one by one", "datasets", "datasets as torch"])
 @pytest.mark.parametrize("lengths", [(12, 9, 12), (12, 12, 12)])
-def test_rows_that_are_lists_or_of_several_lengths_are_named(tmp_path, indexed, lengths):
+def test_rows_are_lists_or_tensors_of_one_length(tmp_path, indexed, lengths):
     rows = [list(range(3, 3 + n)) for n in lengths]
     if indexed == "one by one":
         data = [{"input_ids": row} for row in rows]
     else:
         data = datasets.Dataset.from_dict({"input_ids": rows})
         data = data.with_format("torch") if indexed == "datasets as torch" else data
-    if indexed == "datasets as torch" and len(set(lengths)) == 1:
-        text_trainer(tmp_path, dataset=data)
+    if len(set(lengths)) == 1:
+        trainer = text_trainer(tmp_path, dataset=data)
+        trainer.train()
+        assert fetch(data, [2, 0])["input_ids"].tolist() == [rows[2], rows[0]]
         return
-    kind = "tensors" if indexed == "datasets as torch" else "lists"
-    message = (
-        f"training data set .*rows of 'input_ids' are {kind} of lengths {', '.join(map(str, lengths))}: .*load_text"
-    )
+    message = f"training data set .*rows of 'input_ids' have lengths {', '.join(map(str, lengths))}: .*load_text"
     with pytest.raises(ValueError, match=message):
         text_trainer(tmp_path, dataset=data)
+
+
+def test_a_learning_rate_that_explodes_is_named_without_noise_levels(tmp_path):
+    """A clean readout draws none."""
+    trainer = text_trainer(tmp_path, learning_rate=1e30, warmup_steps=0, max_steps=4)
+    with pytest.raises(
+        NonFiniteLossError, match=r"the loss of block 0 became .* \(iteration \d\)\. .*Lower the learning"
+    ):
+        trainer.train()
+
+
+def test_a_model_without_blocks_is_refused(tmp_path):
+    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), cpu=True)
+    with pytest.raises(ValueError, match=r"a LlamaForCausalLM has no blocks: cut it with .*from_base"):
+        DiffusionBlocksTrainer(base_lm(), args, TokenRows(8))
+
+
+def test_an_ordinary_checkpoint_is_not_called_damaged(tmp_path):
+    base_lm().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is not cut into blocks: cut it with from_base"):
+        BlockedForCausalLM.from_pretrained(tmp_path)

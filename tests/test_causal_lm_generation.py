@@ -8,7 +8,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, StaticCache, pipeline
 
+from hf_diffusionblocks.data import train_tokenizer
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
+from hf_diffusionblocks.generation import denoising_generate
 from tiny_text import ARCHITECTURES, VOCAB_SIZE, base_lm, blocked_lm, left_padding, tokens
 
 MODES: dict[str, dict[str, Any]] = {
@@ -173,3 +175,23 @@ def test_padding_takes_the_decoders_way(monkeypatch):
     ids, mask = prompts()
     generated(model, ids, attention_mask=mask, do_sample=False, eos_token_id=VOCAB_SIZE)
     assert len(found) == 8 and all(step is None for step in found)
+
+
+@pytest.mark.parametrize("walk", [False, True])
+def test_stop_strings_end_the_text_as_they_do_with_the_base(walk):
+    tokenizer = train_tokenizer(["abcdefghijklmnopqrstuvwxyz "], "character")
+    assert len(tokenizer) <= VOCAB_SIZE
+    base = base_lm()
+    model = BlockedForCausalLM.from_base(base)
+    ids, more = tokens(1, 6), {"custom_generate": denoising_generate, "seed": 0} if walk else {}
+    given = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": VOCAB_SIZE}
+    whole = model.generate(ids, **given, **more)[0, 6:].tolist()
+    letters = [(i, tokenizer.decode([t])) for i, t in enumerate(whole)]
+    stop, letter = next(
+        (i, c) for i, c in letters if i > 0 and len(c) == 1 and c.isalpha() and whole.index(whole[i]) == i
+    )
+    given |= {"stop_strings": [letter], "tokenizer": tokenizer}
+    found = model.generate(ids, **given, **more)
+    assert found[0, 6:].tolist() == whole[: stop + 1]
+    if not walk:
+        assert torch.equal(found, base.generate(ids, **given))

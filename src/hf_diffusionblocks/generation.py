@@ -40,7 +40,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import BaseStreamer, GenerateDecoderOnlyOutput, GenerationMode
 
 from .families.causal_lm import BlockedForCausalLM
-from .families.causal_lm_checks import check_generated_length
+from .families.causal_lm_checks import STOP_STRING_TOOLS, check_generated_length
 from .families.causal_lm_streams import NoiseStep, TokenStreams
 from .losses import linear_logits
 from .partition import BlockPartition
@@ -288,6 +288,8 @@ def _checked(
         )
     names = ("attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep")
     mask, positions, cache, use_cache, _ = (values.pop(name, None) for name in names)
+    for name in STOP_STRING_TOOLS:
+        values.pop(name, None)
     extra = [name for name, value in values.items() if value is not None and value is not False]
     if extra:
         raise ValueError(f"{extra[0]!r} has no meaning when tokens are denoised: leave it out.")

@@ -275,6 +275,11 @@ class FileFinder:
         if self.root.is_dir():
             path = self.root / self.kwargs.get("subfolder", "") / name
             if not path.is_file():
+                if name == INDEX_NAME and (path.parent / "model.safetensors").is_file():
+                    raise ValueError(
+                        f"{path.parent} holds a model that is not cut into blocks: cut it with from_base(), or with "
+                        "`diffusionblocks convert`."
+                    )
                 raise ValueError(
                     f"{describe_file(name)} is missing from {path.parent}. "
                     "Copy or download it again, or load other blocks with blocks=[…]."

@@ -32,6 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.generation import StoppingCriteriaList, StopStringCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..agreement import hub_name, weights_digest
@@ -42,7 +43,14 @@ from ..preconditioning import Coefficients
 from ..suggest import unknown_name
 from .base_loading import part_settings
 from .causal_lm_block import CausalLMBlock, evaluating, zero_output_projections
-from .causal_lm_checks import check_denoising, check_generated_length, check_keywords, check_some_target, check_tokens
+from .causal_lm_checks import (
+    STOP_STRING_TOOLS,
+    check_denoising,
+    check_generated_length,
+    check_keywords,
+    check_some_target,
+    check_tokens,
+)
 from .causal_lm_config import PRESETS, BlockedCausalLMConfig, check_base_settings, config_fields
 from .causal_lm_conversion import check_same_function, copy_weights, decoder_of, resize_vocabulary
 from .two_stream import (
@@ -479,6 +487,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             ValueError: for input that does not fit the model, or outputs that it does not give.
             TypeError: for an unknown keyword.
         """
+        for name in STOP_STRING_TOOLS:
+            kwargs.pop(name, None)
         check_keywords(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds.")
@@ -581,9 +591,12 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         return torch.arange(seen, seen + like.shape[1], device=like.device)[None]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers, which does not hand a streamer on to a callable ``custom_generate``; this does."""
+        """As in transformers, which hands no streamer and no stop strings on to a callable ``custom_generate``."""
         streamer, custom = kwargs.get("streamer"), kwargs.get("custom_generate")
         check_denoising(kwargs)
+        if callable(custom) and kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
+            stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+            kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), stop])
         if streamer is not None and callable(custom):
             kwargs["custom_generate"] = functools.partial(custom, streamer=streamer)
         return super().generate(*args, **kwargs)

@@ -18,6 +18,8 @@ _ARGUMENTS = frozenset(
     "input_ids attention_mask position_ids past_key_values inputs_embeds labels use_cache logits_to_keep block "
     "return_dict".split()
 )
+# What generate needs for stop strings and assistants, and hands to every forward pass as well.
+STOP_STRING_TOOLS = ("tokenizer", "assistant_tokenizer")
 _NOT_GIVEN = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 

@@ -10,6 +10,7 @@ Every result names its feature network, because figures of different networks ca
 """
 
 import os
+from abc import ABC, abstractmethod
 from typing import Any
 
 import evaluate
@@ -67,7 +68,7 @@ class _TidyMetric(evaluate.Metric):
         self.cache_file_name = self.filelock = self.selected_feature_format = None
 
 
-class _FeatureMetric(_TidyMetric):
+class _FeatureMetric(_TidyMetric, ABC):
     """A metric of two sets of features. Subclasses set ``description``, ``citation`` and ``_compare``.
 
     Args:
@@ -165,8 +166,9 @@ class _FeatureMetric(_TidyMetric):
             )
         return self._compare(*sets) | {"feature_network": self.network_name}
 
+    @abstractmethod
     def _compare(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
-        raise NotImplementedError
+        """The metric's figures from two sets of features, [samples, width] each."""
 
 
 def _list_array(rows: np.ndarray, length: int) -> pa.ListArray:

@@ -7,6 +7,7 @@ the tokenizer that n-grams are counted with, and how many texts and tokens went 
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -202,7 +203,7 @@ class _TextMetric(_TidyMetric):
         self.add_batch(predictions=[prediction])
 
 
-class _NGramMetric(_TextMetric):
+class _NGramMetric(_TextMetric, ABC):
     def __init__(self, tokenizer: NGramTokenizer = None, **kwargs: Any) -> None:
         self.tokenizer = NGrams(tokenizer)
         super().__init__(**kwargs)
@@ -212,8 +213,9 @@ class _NGramMetric(_TextMetric):
         counts = {"num_texts": len(texts), "num_tokens": sum(map(len, texts))}
         return self._measure(texts) | counts | {"tokenizer": self.tokenizer.name}
 
+    @abstractmethod
     def _measure(self, texts: list[tuple[Any, ...]]) -> dict[str, Any]:
-        raise NotImplementedError
+        """The metric's figures of texts, each a sequence of tokens."""
 
 
 def _check_order(n: Any) -> int:

@@ -35,6 +35,8 @@ def with_gradient(
     A local loss teaches the lower blocks of a trained base to be the end of a network that they are the beginning of
     (docs/experiments-smollm2.md), so such a base is trained by the exact gradient wherever that is possible.
     """
+    if not isinstance(model, BlockedPreTrainedModel):
+        raise ValueError(f"a {type(model).__name__} has no blocks: cut it with a blocked model's from_base() first.")
     if args.gradient is not None:
         return args
     config = model.config

@@ -90,32 +90,45 @@ def fetch(dataset: Any, indices: list[int]) -> dict[str, Tensor]:
     :class:`~hf_diffusionblocks.data.ImageDataset` do; a data set that knows single indices only is collated.
 
     Raises:
-        ValueError: for rows that are lists, or of several lengths.
+        ValueError: for rows of several lengths.
     """
     try:
         batch = dataset[indices]
     except TypeError:
         samples = [dataset[i] for i in indices]
         if all(isinstance(sample, dict) for sample in samples):
-            _check_rows({name: [sample.get(name) for sample in samples] for name in samples[0]})
+            columns = {name: [sample.get(name) for sample in samples] for name in samples[0]}
+            made = _with_tensors(columns)
+            lists = [name for name, rows in columns.items() if isinstance(made[name], Tensor)]
+            rest = [{k: v for k, v in sample.items() if k not in lists} for sample in samples]
+            return {name: made[name] for name in lists} | (default_collate(rest) if rest[0] else {})
         return default_collate(samples)
-    if isinstance(batch, dict):
-        _check_rows(batch)
-    return batch
+    return _with_tensors(batch) if isinstance(batch, dict) else batch
+
+
+def _with_tensors(columns: dict[str, Any]) -> dict[str, Any]:
+    """Columns of numbers as tensors where their rows are lists of one length, as `datasets` gives them."""
+    _check_rows(columns)
+    made = dict(columns)
+    for name, rows in columns.items():
+        if isinstance(rows, list) and rows and all(isinstance(row, (list, tuple)) for row in rows):
+            try:
+                made[name] = torch.tensor(rows)
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"rows of {name!r} hold more than numbers: {error}.") from error
+    return made
 
 
 def _check_rows(columns: dict[str, Any]) -> None:
     for name, rows in columns.items():
         if not isinstance(rows, list) or not all(isinstance(row, (list, tuple, Tensor)) for row in rows):
             continue
-        tensors = all(isinstance(row, Tensor) for row in rows)
         shapes = [list(row.shape) if isinstance(row, Tensor) else [len(row)] for row in rows]
-        if not tensors or any(shape != shapes[0] for shape in shapes):
+        if any(shape != shapes[0] for shape in shapes):
             named = ", ".join(str(shape[0] if len(shape) == 1 else shape) for shape in shapes[:8])
             raise ValueError(
-                f"rows of {name!r} are {'tensors' if tensors else 'lists'} of lengths {named}"
-                f"{', ...' if len(shapes) > 8 else ''}: all rows must be tensors of one length. load_text_dataset "
-                'makes such rows of text; otherwise cut or pad them, and use dataset.with_format("torch") of datasets.'
+                f"rows of {name!r} have lengths {named}{', ...' if len(shapes) > 8 else ''}: all rows must have one. "
+                "load_text_dataset makes such rows of text; otherwise cut or pad them."
             )
 
 
