@@ -372,3 +372,9 @@ def test_an_unknown_character_in_the_prompt_is_said_and_kept(run_dir, capsys):
 
         texts = sample_text(str(run_dir / "model"), ["ÄÖ alpha "], stream=False, max_new_tokens=4)
     assert texts[0].startswith("ÄÖ alpha ")
+
+
+def test_a_plan_refuses_rows_that_training_would_refuse(capsys):
+    settings = ["data.block_length=600", "model.max_position_embeddings=512"]
+    assert main(["plan", "pydoc-llama", *settings]) == 2
+    assert "data.block_length=600 tokens are more than the model's 512 positions" in capsys.readouterr().err

@@ -51,6 +51,11 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     vocab_size = planned_vocabulary(recipe)
     recipe = resolve_method(recipe, vocab_size)
     config, args = recipe.config(vocab_size), recipe.training_arguments()
+    if recipe.data.block_length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.block_length={recipe.data.block_length} tokens are more than the model's "
+            f"{config.max_position_embeddings} positions: set a smaller data.block_length."
+        )
     table = _memory(config, recipe, True)
     tokens = {"tokens": recipe.data.block_length}
     batch_size = args.per_device_train_batch_size
