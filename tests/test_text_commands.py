@@ -374,7 +374,7 @@ def test_an_unknown_character_in_the_prompt_is_said_and_kept(run_dir, capsys):
     assert texts[0].startswith("ÄÖ alpha ")
 
 
-def test_a_plan_refuses_rows_that_training_would_refuse(capsys):
-    settings = ["data.block_length=600", "model.max_position_embeddings=512"]
-    assert main(["plan", "pydoc-llama", *settings]) == 2
-    assert "data.block_length=600 tokens are more than the model's 512 positions" in capsys.readouterr().err
+def test_a_plan_refuses_rows_that_training_would_refuse(base_dir, text_file, capsys):
+    settings = [f"model.base={base_dir}", f"data.name={text_file}", "data.block_length=4000"]
+    assert main(["plan", "smollm2-finetune", *settings]) == 2
+    assert "data.block_length=4000 tokens are more than the model's" in capsys.readouterr().err
