@@ -228,7 +228,7 @@ def test_odd_samples_of_text(models, options, words, capsys):
 
 def test_a_recipe_of_the_other_family_is_refused(models, capsys):
     error = said(capsys, ["evaluate", models["dit"] / "model", "--recipe", "pydoc-llama"])
-    assert "is no language model" in error and "digits-dit" in error
+    assert "is a model of family 'dit'" in error and "digits-dit" in error
 
 
 @pytest.mark.parametrize("base", ["base-lm", "base-dit"])

@@ -352,7 +352,7 @@ def test_commands_for_images_say_so(run_dir, capsys, tmp_path):
     assert main(["encode", "pydoc-llama", "--output-dir", str(tmp_path)]) == 2
     assert "no images" in capsys.readouterr().err
     assert main(["evaluate", str(run_dir / "model"), "--recipe", "digits-dit"]) == 2
-    assert "is a language model" in capsys.readouterr().err
+    assert "is a model of family 'causal_lm'" in capsys.readouterr().err
     assert main(["train", "digits-dit", "--block", "1", "--lower", str(run_dir / "model")]) == 2
     assert "cascade" in capsys.readouterr().err
 

@@ -323,9 +323,11 @@ _TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "d
 def _sample(args: argparse.Namespace) -> None:
     from . import jobs
     from .recipes import make_recipe
+    from .recipes.families import FAMILIES
 
     jobs.check_model_path(args.model)
-    text = jobs.family_of(args.model) == "causal_lm"
+    family = jobs.family_of(args.model)
+    text = FAMILIES[family].has_text
     for name in _IMAGE_OPTIONS if text else _TEXT_OPTIONS:
         if getattr(args, name) not in (None, False):
             kind, option = "language" if text else "DiT", "--" + name.replace("_", "-")
@@ -344,7 +346,7 @@ def _sample(args: argparse.Namespace) -> None:
         jobs.sample(args.model, args.output_dir or "samples", seed=args.seed, **given)
         return
     values = jobs.read_recipe_of(args.model)
-    recipe = make_recipe(values) if values is not None and values.get("family") == "causal_lm" else None
+    recipe = make_recipe(values) if values is not None and values.get("family") == family else None
     walk = {name: getattr(args, name) for name in ("steps", "grid", "bridge")}
     if not args.denoise and any(value is not None for value in walk.values()):
         name = next(name for name, value in walk.items() if value is not None)

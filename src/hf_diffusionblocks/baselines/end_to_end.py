@@ -22,8 +22,7 @@ from ..compute import training_flops
 from ..recipes import Recipe, make_recipe
 
 _STRETCHED = ("max_steps", "num_train_epochs", "warmup_steps")
-# A baseline is one ordinary model: no noise in its training, nothing below it, every parameter trained.
-_PLAIN = {"readout": "clean", "context": "independent", "auxiliary_layers": 0}
+# A baseline is one ordinary model: nothing below it, every parameter trained.
 _OF_BLOCKS = ("blocks", "order", "hand_over", "lower_outputs", "train_shared", "block_order", "hidden_weight")
 
 
@@ -48,18 +47,20 @@ def baseline_recipe(
         ValueError: for an unknown method, or a recipe that converts a pretrained base, which has no shallow version.
     """
     values = copy.deepcopy(recipe.to_dict())
-    text = recipe.family == "causal_lm"
-    if "base" in values["model"] and (method == "shallow" or not text):
+    plain = recipe.kind.plain
+    if "base" in values["model"] and (method == "shallow" or plain is None):
+        whole = "train the base itself end to end; "
+        if plain is not None:
+            whole = "method=end_to_end fine-tunes all of it at once, "
         raise ValueError(
-            f"recipe {recipe.name!r} converts a pretrained base: "
-            + ("method=end_to_end fine-tunes all of it at once, " if text else "train the base itself end to end; ")
-            + "a shallow baseline needs a recipe that defines the model by its config."
+            f"recipe {recipe.name!r} converts a pretrained base: {whole}a shallow baseline needs a recipe that defines "
+            "the model by its config."
         )
     config = recipe.config(vocab_size)
     num_layers, num_blocks = config.num_layers, config.num_blocks
     values["method"], values["match"] = method, match
-    if text:
-        values["blocks"] = {"num_blocks": 1, **_PLAIN}
+    if plain is not None:
+        values["blocks"] = {"num_blocks": 1, **plain}
         values["training"] = {k: v for k, v in values["training"].items() if k not in _OF_BLOCKS}
     else:
         dropped = ("edges", "layers_per_block", "partition")
@@ -90,9 +91,9 @@ def compute_factor(
     recipe: Recipe, baseline: Recipe, vocab_size: int | None = None, num_rows: int | None = None
 ) -> float:
     """How many updates of a baseline cost what one update of every block costs; see :func:`baseline_recipe`."""
-    if recipe.family != "causal_lm":
+    if not recipe.kind.counts_compute:
         return recipe.config().num_blocks if baseline.method == "shallow" else 1
-    args, tokens = recipe.training_arguments(), {"tokens": recipe.data.block_length}
+    args, tokens = recipe.training_arguments(), {"tokens": recipe.data.block_length} if recipe.kind.has_text else {}
     lower, passes = args.lower_outputs, args.num_train_epochs
     if args.max_steps > 0:
         per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps

@@ -1,7 +1,6 @@
 """What each command does, as functions: the command line parses and calls these.
 
-``plan``, ``train``, ``evaluate`` and ``convert`` are for all families; :mod:`.images` and :mod:`.text` have each
-family's own.
+``plan``, ``train``, ``evaluate`` and ``convert`` are for all families; the other modules have each family's own.
 """
 
 from pathlib import Path
@@ -17,9 +16,11 @@ from .common import Say, check_model_path, family_of, pick_device, read_recipe_o
 from .images import build_trainer, load_data, sample
 from .text import sample_text
 
+JOBS: dict[str, ModuleType] = {"images": images, "text": text}
+
 
 def _of(family: str) -> ModuleType:
-    return text if family == "causal_lm" else images
+    return JOBS[FAMILIES[family].job]
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
@@ -50,11 +51,13 @@ def train(
         The directory of the saved model.
     """
     settings: dict[str, Any] = {"blocks": blocks, "resume": resume, "report": report, "say": say}
-    if recipe.family == "causal_lm":
-        return text.train(recipe, lower=lower, **settings)
-    if lower is not None:
-        raise ValueError(f"--lower {lower} is for a cascade of a language model: blocks of images stand alone.")
-    return images.train(recipe, **settings)
+    if recipe.kind.cascades:
+        settings["lower"] = lower
+    elif lower is not None:
+        raise ValueError(
+            f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
+        )
+    return _of(recipe.family).train(recipe, **settings)
 
 
 def evaluate(
@@ -62,16 +65,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``: the table of figures of a saved model on a recipe's data."""
     check_model_path(model_dir)
-    text_model = family_of(model_dir) == "causal_lm"
-    if recipe.family == "causal_lm" and not text_model:
+    family = family_of(model_dir)
+    if FAMILIES[family].job != recipe.kind.job:
         raise ValueError(
-            f"{model_dir} is no language model, and recipe {recipe.name!r} has text only: name the recipe that it was "
-            "trained with, such as --recipe digits-dit."
-        )
-    if recipe.family != "causal_lm" and text_model:
-        raise ValueError(
-            f"{model_dir} is a language model, and recipe {recipe.name!r} of family {recipe.family!r} has no text: "
-            "name the recipe that it was trained with, such as --recipe pydoc-llama."
+            f"{model_dir} is a model of family {family!r}, recipe {recipe.name!r} is for family {recipe.family!r}: "
+            f"name the recipe that it was trained with, such as --recipe {FAMILIES[family].example}."
         )
     return _of(recipe.family).evaluate(model_dir, recipe, output, seed, say)
 
@@ -88,7 +86,7 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
     """``diffusionblocks encode``: VAE latents of a recipe's images, for training on them."""
-    if recipe.family != "dit":
+    if recipe.kind.job != "images":
         raise ValueError(f"recipe {recipe.name!r} is of family {recipe.family!r}: it has no images to encode.")
     return images.encode(recipe, output_dir, split, batch_size, say)
 

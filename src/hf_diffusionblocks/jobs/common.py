@@ -15,6 +15,7 @@ from ..config_checks import check_model_type
 from ..configuration import read_config
 from ..evaluation import format_figures
 from ..merging import merge_run
+from ..recipes.families import FAMILIES
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
@@ -117,9 +118,10 @@ def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
 
 
 def family_of(name_or_path: str, **hub: Any) -> str:
-    """``causal_lm`` for a language model, blocked or not, by its ``config.json``; else ``dit``.
+    """The family of a model, blocked or not, by its ``config.json``; ``dit`` if it is none of transformers'.
 
-    What cannot be read counts as ``dit``, whose loader says what is missing.
+    What cannot be read counts as ``dit``, whose loader says what is missing, and what names no architecture as a causal
+    language model.
 
     Raises:
         ValueError: for a ``model_type`` that is none.
@@ -131,7 +133,14 @@ def family_of(name_or_path: str, **hub: Any) -> str:
     if "model_type" not in values:
         return "dit"
     check_model_type(values["model_type"], f"config.json in {name_or_path}", CONFIG_MAPPING)
-    return "dit" if values["model_type"] == "blocked_dit" else "causal_lm"
+    for family, kind in FAMILIES.items():
+        if values["model_type"] == kind.model_type:
+            return family
+    named = [name for name in values.get("architectures") or () if isinstance(name, str)]
+    for family, kind in FAMILIES.items():
+        if any(name.endswith(kind.bases) for name in named if kind.bases):
+            return family
+    return "causal_lm"
 
 
 def check_output(output: str | None) -> None:

@@ -11,11 +11,10 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
-from ..families.causal_lm import BlockedForCausalLM
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
-from .families import FAMILIES, Family, check_text_recipe, language_model_base, language_model_config, model_keys
+from .families import FAMILIES, Family, check_text_recipe, language_model_base, language_model_config
 from .sections import ImageData, ImageEvaluation, ImageSampling, TextData, TextEvaluation, TextSampling
 
 METHODS = ("blocked", "end_to_end", "shallow")
@@ -28,7 +27,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe.
-        family: ``dit`` or ``causal_lm``.
+        family: a name in :data:`~hf_diffusionblocks.recipes.families.FAMILIES`, such as ``dit`` or ``causal_lm``.
         method: ``blocked``; or a baseline: ``end_to_end`` (all L layers at once) or ``shallow`` (L / B layers).
         match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or as many as cost the same.
         layers: number of layers of a shallow baseline; by default L / B, rounded up.
@@ -71,8 +70,8 @@ class Recipe:
         Raises:
             ValueError: if the settings, or the tokenizer, do not fit.
         """
-        if self.family == "causal_lm":
-            return language_model_config(self.model, self.blocks, vocab_size, tokenizer)
+        if self.kind.has_text:
+            return language_model_config(self.kind.model_class, self.model, self.blocks, vocab_size, tokenizer)
         if "base" in self.model:
             return self.build_model().config
         return self.kind.model_class.config_from(self.model, **self.blocks)
@@ -95,8 +94,8 @@ class Recipe:
                 for block in set(model.resident_blocks) - set(blocks):
                     del model.blocks[str(block)]
             return model
-        if self.family == "causal_lm":
-            config = BlockedForCausalLM.config_from(language_model_base(self.model, tokenizer=tokenizer), **self.blocks)
+        if self.kind.has_text:
+            config = kind.config_from(language_model_base(self.model, tokenizer=tokenizer), **self.blocks)
             return kind(config, blocks=blocks)
         return kind(self.config(), blocks=blocks)
 
@@ -199,13 +198,13 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     for name, allowed in (("training", arguments), ("blocks", sorted(kind.block_fields)), ("model", None)):
         section = values[name] = values.get(name) or {}
         _check_section(name, section, None, family)
-        _check_section(name, section, model_keys(family, section) if allowed is None else allowed, family)
+        _check_section(name, section, kind.model_keys(section) if allowed is None else allowed, family)
     recipe = Recipe(**values)
     if recipe.layers is not None:
         _check_layers(recipe)
     args = recipe.training_arguments()
     recipe.training = {name: getattr(args, name) for name in recipe.training}  # YAML reads 1e-4 as text
-    if family == "causal_lm":
+    if kind.has_text:
         check_text_recipe(recipe.model, recipe.data)
     if "base" not in recipe.model:
         recipe.config()

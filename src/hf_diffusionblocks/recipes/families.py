@@ -1,6 +1,6 @@
 """What a recipe's sections hold in each family, and how a family's model is made from them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,15 +27,49 @@ BYTES = 257
 _SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+def dit_keys(model: Mapping[str, Any]) -> list[str]:
+    """Keys that the section ``model`` of a DiT may have."""
+    return ["base", *dit.base_config_defaults()]
+
+
+def transformers_keys(model: Mapping[str, Any]) -> list[str]:
+    """Keys that the section ``model`` may have where the base is one of transformers' models.
+
+    Raises:
+        ValueError: for a config without a ``model_type`` that transformers knows.
+    """
+    if "base" in model:
+        return ["base"]
+    kind = model.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if kind is None:
+            raise ValueError(
+                "the recipe's section 'model' has neither a model_type, such as llama, nor a base: a directory or Hub "
+                "id of a pretrained model."
+            )
+        raise ValueError(unknown_name("model.model_type", kind, CONFIG_MAPPING))
+    known = [name for name in CONFIG_MAPPING[kind]().to_dict() if not name.startswith("_")]
+    return ["base", "model_type", *known, *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"]
+
+
 @dataclass(frozen=True)
 class Family:
-    """A family of models, as recipes see it.
+    """A family of models, as recipes and commands see it.
 
     Attributes:
         data, sampling, evaluation: the sections' settings.
         model_class: of its blocked models.
         block_fields: keys of the section ``blocks``.
         layers_key: the base's number of layers, a key of the section ``model``.
+        model_keys: gives the keys that the section ``model`` may have.
+        job: the module of :mod:`hf_diffusionblocks.jobs` with what its commands do.
+        has_text: whether its data are text, and its vocabulary that of a tokenizer.
+        bases: how the class names of its bases end, as their ``config.json`` names them.
+        plain: settings of the section ``blocks`` under which one block is the ordinary network; None for those of the
+            blocked run.
+        counts_compute: whether an update of all blocks may cost more than an end-to-end one, so that baselines of
+            equal compute need it counted.
+        example: the name of one of its recipes.
     """
 
     data: type
@@ -44,43 +78,55 @@ class Family:
     model_class: type[BlockedPreTrainedModel]
     block_fields: frozenset[str]
     layers_key: str
+    model_keys: Callable[[Mapping[str, Any]], list[str]]
+    job: str
+    has_text: bool = False
+    bases: tuple[str, ...] = ()
+    plain: dict[str, Any] | None = None
+    counts_compute: bool = False
+    example: str = ""
 
+    @property
+    def cascades(self) -> bool:
+        """Whether its blocks may build on each other."""
+        return "context" in self.block_fields
+
+    @property
+    def model_type(self) -> str:
+        """Of its blocked models' configs."""
+        return self.model_class.config_class.model_type
+
+
+_OF_A_RUN = {"pretrained", "trained_blocks"}
 
 FAMILIES = {
     "dit": Family(
-        ImageData, ImageSampling, ImageEvaluation, BlockedDiTModel, dit.config_fields() | {"num_blocks"}, "num_layers"
+        ImageData,
+        ImageSampling,
+        ImageEvaluation,
+        BlockedDiTModel,
+        dit.config_fields() | {"num_blocks"},
+        "num_layers",
+        dit_keys,
+        "images",
+        example="digits-dit",
     ),
     "causal_lm": Family(
         TextData,
         TextSampling,
         TextEvaluation,
         BlockedForCausalLM,
-        causal_lm_config.config_fields() - {"pretrained", "trained_blocks"} | {"num_blocks", "preset"},
+        causal_lm_config.config_fields() - _OF_A_RUN | {"num_blocks", "preset"},
         "num_hidden_layers",
+        transformers_keys,
+        "text",
+        has_text=True,
+        bases=("ForCausalLM", "LMHeadModel"),
+        plain={"readout": "clean", "context": "independent", "auxiliary_layers": 0},
+        counts_compute=True,
+        example="pydoc-llama",
     ),
 }
-
-
-def model_keys(family: str, model: Mapping[str, Any]) -> list[str]:
-    """Keys that the section ``model`` may have.
-
-    Raises:
-        ValueError: for a language model's config without a ``model_type`` that transformers knows.
-    """
-    if family == "dit":
-        return ["base", *dit.base_config_defaults()]
-    if "base" in model:
-        return ["base"]
-    kind = model.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        if kind is None:
-            raise ValueError(
-                "the recipe's section 'model' has neither a model_type, such as llama, nor a base: a directory or Hub "
-                "id of a pretrained language model."
-            )
-        raise ValueError(unknown_name("model.model_type", kind, CONFIG_MAPPING))
-    known = [name for name in CONFIG_MAPPING[kind]().to_dict() if not name.startswith("_")]
-    return ["base", "model_type", *known, *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"]
 
 
 def check_text_recipe(model: Mapping[str, Any], data: TextData) -> None:
@@ -116,20 +162,21 @@ def language_model_base(
 
 
 def language_model_config(
+    kind: type[BlockedPreTrainedModel],
     model: Mapping[str, Any],
     blocks: Mapping[str, Any],
     vocab_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionBlocksConfig:
-    """The config of a language model's recipe; of a ``base``, from its ``config.json`` alone."""
+    """The config of a recipe for text of a family's class; of a ``base``, from its ``config.json`` alone."""
     if "base" in model:
         try:
             base = AutoConfig.from_pretrained(model["base"])
         except (OSError, ValueError) as error:
             raise ValueError(f"model.base={model['base']!r} cannot be loaded: {error}") from error
-        config = BlockedForCausalLM.config_from(base, **blocks, pretrained=True)
+        config = kind.config_from(base, **blocks, pretrained=True)
     else:
-        config = BlockedForCausalLM.config_from(language_model_base(model, vocab_size, tokenizer), **blocks)
+        config = kind.config_from(language_model_base(model, vocab_size, tokenizer), **blocks)
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.vocab_size)
     return config
