@@ -12,11 +12,12 @@ from .auto_classes import register_families
 if TYPE_CHECKING:
     from .families.causal_lm import BlockedCausalLMConfig, BlockedForCausalLM
     from .families.dit import BlockedDiTConfig, BlockedDiTModel
+    from .families.image_classification import BlockedForImageClassification, BlockedImageClassificationConfig
     from .generation import denoising_generate
     from .memory import plan_memory
     from .merging import merge_blocks
     from .noise import LogNormalNoise
-    from .objectives import DenoisingScoreMatching, NextTokenPrediction, held_out_loss
+    from .objectives import DenoisingScoreMatching, LabelPrediction, NextTokenPrediction, held_out_loss
     from .partition import BlockPartition
     from .pipelines import BlockedDiTPipeline
     from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -30,9 +31,12 @@ _MODULES = {
     "BlockedDiTModel": "families.dit",
     "BlockedDiTPipeline": "pipelines",
     "BlockedForCausalLM": "families.causal_lm",
+    "BlockedForImageClassification": "families.image_classification",
+    "BlockedImageClassificationConfig": "families.image_classification",
     "DenoisingScoreMatching": "objectives",
     "DiffusionBlocksTrainer": "training",
     "DiffusionBlocksTrainingArguments": "training",
+    "LabelPrediction": "objectives",
     "LogNormalNoise": "noise",
     "NextTokenPrediction": "objectives",
     "denoising_generate": "generation",
@@ -48,9 +52,12 @@ __all__ = [
     "BlockedDiTModel",
     "BlockedDiTPipeline",
     "BlockedForCausalLM",
+    "BlockedForImageClassification",
+    "BlockedImageClassificationConfig",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
+    "LabelPrediction",
     "LogNormalNoise",
     "NextTokenPrediction",
     "denoising_generate",

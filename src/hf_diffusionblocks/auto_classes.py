@@ -15,6 +15,10 @@ from typing import Any
 
 CONFIGS = {
     "blocked_dit": ("hf_diffusionblocks.families.dit", "BlockedDiTConfig"),
+    "blocked_image_classification": (
+        "hf_diffusionblocks.families.image_classification",
+        "BlockedImageClassificationConfig",
+    ),
     "blocked_causal_lm": ("hf_diffusionblocks.families.causal_lm", "BlockedCausalLMConfig"),
 }
 _REGISTRY = "transformers.models.auto.configuration_auto"
