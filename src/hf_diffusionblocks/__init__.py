@@ -12,11 +12,13 @@ from .auto_classes import register_families
 if TYPE_CHECKING:
     from .families.causal_lm import BlockedCausalLMConfig, BlockedForCausalLM
     from .families.dit import BlockedDiTConfig, BlockedDiTModel
+    from .families.masked_lm import BlockedForMaskedLM, BlockedMaskedLMConfig
     from .generation import denoising_generate
+    from .masked_generation import unmask
     from .memory import plan_memory
     from .merging import merge_blocks
     from .noise import LogNormalNoise
-    from .objectives import DenoisingScoreMatching, NextTokenPrediction, held_out_loss
+    from .objectives import DenoisingScoreMatching, MaskedDiffusion, NextTokenPrediction, held_out_loss
     from .partition import BlockPartition
     from .pipelines import BlockedDiTPipeline
     from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -30,15 +32,19 @@ _MODULES = {
     "BlockedDiTModel": "families.dit",
     "BlockedDiTPipeline": "pipelines",
     "BlockedForCausalLM": "families.causal_lm",
+    "BlockedForMaskedLM": "families.masked_lm",
+    "BlockedMaskedLMConfig": "families.masked_lm",
     "DenoisingScoreMatching": "objectives",
     "DiffusionBlocksTrainer": "training",
     "DiffusionBlocksTrainingArguments": "training",
     "LogNormalNoise": "noise",
+    "MaskedDiffusion": "objectives",
     "NextTokenPrediction": "objectives",
     "denoising_generate": "generation",
     "held_out_loss": "objectives",
     "merge_blocks": "merging",
     "plan_memory": "memory",
+    "unmask": "masked_generation",
 }
 
 __all__ = [
@@ -48,15 +54,19 @@ __all__ = [
     "BlockedDiTModel",
     "BlockedDiTPipeline",
     "BlockedForCausalLM",
+    "BlockedForMaskedLM",
+    "BlockedMaskedLMConfig",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
     "LogNormalNoise",
+    "MaskedDiffusion",
     "NextTokenPrediction",
     "denoising_generate",
     "held_out_loss",
     "merge_blocks",
     "plan_memory",
+    "unmask",
 ]
 
 

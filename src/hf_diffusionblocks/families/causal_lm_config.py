@@ -125,33 +125,7 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
             raise ValueError(f"preconditioning={self.preconditioning!r} is for images; language models use 'edm'.")
 
     def complete_base_config(self, base_config: dict) -> dict:
-        model_type = base_config.get("model_type")
-        check_sizes(base_config, _SIZES, optional=True)
-        if model_type is None:
-            raise ValueError("base_config has no model_type: give the config of a decoder, such as 'llama'.")
-        if not isinstance(model_type, str):
-            raise ValueError(f"base_config's model_type={model_type!r:.60} must be a name, such as 'llama'.")
-        try:
-            config = AutoConfig.for_model(**base_config)
-        except ValueError as error:
-            raise ValueError(
-                f"base_config's model_type={model_type!r} is not known to transformers: {error}"
-            ) from error
-        except Exception as error:  # the values may be a stranger's, and the class's own checks raise of many kinds
-            raise ValueError(f"base_config does not describe a {model_type!r} model: {error!r}.") from error
-        full = config.to_dict()
-        if "num_hidden_layers" not in full:
-            raise ValueError(
-                f"a model of type {model_type!r} cannot be cut: its config has no num_hidden_layers. {_MEND}"
-            )
-        for name in _OUTSIDE:
-            if full.get(name) not in (None, 1):
-                raise ValueError(
-                    f"a model of type {model_type!r} with {name}={full[name]} cannot be cut: it acts outside the "
-                    f"layers' modules. {_MEND}"
-                )
-        dropped = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
-        return {k: v for k, v in full.items() if k not in dropped}
+        return complete_language_config(base_config, _MEND)
 
     def make_base_config(self, layers: Sequence[int] | None = None) -> PreTrainedConfig:
         """The base's config; with ``layers``, that of a decoder of these layers of the base."""
@@ -205,6 +179,41 @@ class BlockedCausalLMConfig(DiffusionBlocksConfig):
         """Number of auxiliary layers of a block: none in the last block of a cascade, whose output is the model's."""
         last = self.context == "cascade" and block == self.num_blocks - 1
         return 0 if last or self.context == "independent" else self.auxiliary_layers
+
+
+def complete_language_config(base_config: dict, mend: str) -> dict:
+    """The config of a transformers language model with its defaults filled in, without what names a checkpoint.
+
+    Args:
+        base_config: with its ``model_type``.
+        mend: the sentence that names the models that can be cut.
+
+    Raises:
+        ValueError: for one that does not describe a model that can be cut into blocks of layers.
+    """
+    model_type = base_config.get("model_type")
+    check_sizes(base_config, _SIZES, optional=True)
+    if model_type is None:
+        raise ValueError("base_config has no model_type: give the config of a decoder, such as 'llama'.")
+    if not isinstance(model_type, str):
+        raise ValueError(f"base_config's model_type={model_type!r:.60} must be a name, such as 'llama'.")
+    try:
+        config = AutoConfig.for_model(**base_config)
+    except ValueError as error:
+        raise ValueError(f"base_config's model_type={model_type!r} is not known to transformers: {error}") from error
+    except Exception as error:  # the values may be a stranger's, and the class's own checks raise of many kinds
+        raise ValueError(f"base_config does not describe a {model_type!r} model: {error!r}.") from error
+    full = config.to_dict()
+    if "num_hidden_layers" not in full:
+        raise ValueError(f"a model of type {model_type!r} cannot be cut: its config has no num_hidden_layers. {mend}")
+    for name in _OUTSIDE:
+        if full.get(name) not in (None, 1):
+            raise ValueError(
+                f"a model of type {model_type!r} with {name}={full[name]} cannot be cut: it acts outside the layers' "
+                f"modules. {mend}"
+            )
+    dropped = ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path")
+    return {k: v for k, v in full.items() if k not in dropped}
 
 
 def check_base_settings(base_config: Mapping[str, Any]) -> None:

@@ -4,7 +4,9 @@ from typing import Any
 
 from ..configuration import DiffusionBlocksConfig
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.masked_lm_config import BlockedMaskedLMConfig
 from .exact_gradient import ExactNextTokenPrediction, check_exact
+from .masked import MaskedDiffusion
 from .next_token import NextTokenPrediction
 from .result import HeldOutLoss, ObjectiveResult
 from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_loss, weighted_error
@@ -12,8 +14,8 @@ from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_los
 
 def default_objective(
     config: DiffusionBlocksConfig, gradient: str = "local", **settings: Any
-) -> DenoisingScoreMatching | NextTokenPrediction:
-    """The objective of a family: :class:`NextTokenPrediction` for language models, else denoising score matching.
+) -> DenoisingScoreMatching | NextTokenPrediction | MaskedDiffusion:
+    """The objective of a family: that of next or of hidden tokens for language models, else denoising score matching.
 
     Args:
         config: the model's.
@@ -21,7 +23,8 @@ def default_objective(
             (:class:`ExactNextTokenPrediction`); with one block, its own loss is just that.
         **settings: of the objective; those that it does not know are left out if they are not set.
     """
-    kind = NextTokenPrediction if isinstance(config, BlockedCausalLMConfig) else DenoisingScoreMatching
+    kinds = {BlockedCausalLMConfig: NextTokenPrediction, BlockedMaskedLMConfig: MaskedDiffusion}
+    kind = next((made for of, made in kinds.items() if isinstance(config, of)), DenoisingScoreMatching)
     if gradient == "exact" and config.num_blocks > 1:
         check_exact(config)
         kind = ExactNextTokenPrediction
@@ -38,6 +41,7 @@ __all__ = [
     "DenoisingScoreMatching",
     "ExactNextTokenPrediction",
     "HeldOutLoss",
+    "MaskedDiffusion",
     "NextTokenPrediction",
     "ObjectiveResult",
     "default_objective",
