@@ -69,6 +69,7 @@ class Family:
         bases: how the class names of its bases end, as their ``config.json`` names them.
         plain: settings of the section ``blocks`` under which one block is the ordinary network; None for those of the
             blocked run.
+        kept: settings of the section ``blocks`` that the ordinary network has too, where ``plain`` is given.
         counts_compute: whether an update of all blocks may cost more than an end-to-end one, so that baselines of
             equal compute need it counted.
         hides_tokens: whether its tokenizer needs a mask token.
@@ -86,6 +87,7 @@ class Family:
     has_text: bool = False
     bases: tuple[str, ...] = ()
     plain: dict[str, Any] | None = None
+    kept: frozenset[str] = frozenset()
     counts_compute: bool = False
     hides_tokens: bool = False
     example: str = ""
@@ -141,6 +143,8 @@ FAMILIES = {
         "masked_text",
         has_text=True,
         bases=("ForMaskedLM",),
+        plain={},
+        kept=frozenset({"mask_token_id", "schedule", "time_conditioning", "noise_embedding_dim"}),
         counts_compute=True,
         hides_tokens=True,
         example="pydoc-md4",
