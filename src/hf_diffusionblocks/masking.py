@@ -8,7 +8,7 @@ with probability ``1 - alpha(t)``, with alpha falling from 1 at t = 0 to 0 at t 
 bounds ``-log p(x)``. Put ``m = 1 - alpha(t)``, the mask rate: ``-alpha' dt = dm``, so it is the integral over m from 0
 to 1 of ``E[sum] / m``, whatever the schedule is. The schedule decides where along m a run looks, which is the
 variance of the estimate and the grid of sampling. The mass of the loss is uniform in m: that is the noise level of this
-family, and :class:`MaskNoise` the distribution whose equal shares are the blocks' ranges.
+family, and ``MaskNoise`` the distribution whose equal shares are the blocks' ranges.
 """
 
 import math
@@ -30,7 +30,7 @@ class LinearSchedule:
         return 1 - t
 
     def time(self, alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Inverse of :meth:`alpha`."""
+        """Inverse of ``alpha``."""
         return 1 - alpha
 
     def derivative(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -54,7 +54,7 @@ class CosineSchedule:
         return 1 - torch.cos(math.pi / 2 * (1 - t))
 
     def time(self, alpha: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Inverse of :meth:`alpha`."""
+        """Inverse of ``alpha``."""
         return 1 - 2 / math.pi * torch.acos((1 - alpha).clamp(0, 1))
 
     def derivative(self, t: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -86,7 +86,7 @@ def make_schedule(name: str) -> MaskSchedule:
 class MaskNoise:
     """Mask rates, uniform in [0, 1]: the distribution that the loss weighs them by, whatever the schedule.
 
-    It has the place of :class:`~hf_diffusionblocks.noise.LogNormalNoise` in a partition: the noise level of a row is
+    It has the place of ``LogNormalNoise`` in a partition: the noise level of a row is
     the probability m = 1 - alpha with which each of its tokens is hidden. With B equal shares block b owns m between
     ``1 - (b + 1) / B`` and ``1 - b / B``, so block 0 sees the rows with most tokens hidden.
 

@@ -109,12 +109,12 @@ def fill_text(
     Args:
         model: with all blocks.
         tokenizer: the model's.
-        prompt: see :func:`gap_tokens`.
+        prompt: see ``gap_tokens``.
         settings: how to sample.
         seed: of everything random.
 
     Raises:
-        ValueError: as :func:`gap_tokens`.
+        ValueError: as ``gap_tokens``.
     """
     ids = gap_tokens(model.config, tokenizer, prompt, settings)
     training = model.training

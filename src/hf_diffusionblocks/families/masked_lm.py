@@ -130,7 +130,7 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
         return self.embed_tokens.weight if self.config.tied_head else module.lm_head.weight, module.head_bias
 
     def denoising_head(self, block: int) -> tuple[Float[Tensor, "vocab width"], Float[Tensor, "vocab"]]:
-        """:meth:`head` with -inf for the mask token, which no hidden token is (MD4, arXiv 2406.04329, section 4)."""
+        """``head`` with -inf for the mask token, which no hidden token is (MD4, arXiv 2406.04329, section 4)."""
         weight, bias = self.head(block)
         bias = weight.new_zeros(len(weight)) if bias is None else bias
         at_mask = torch.arange(len(weight), device=weight.device) == self.config.mask_token_id
@@ -164,7 +164,7 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
             z: tokens, some of them hidden.
             sigma: mask rate, a number or [batch]; by default the share of each row that is hidden.
             block: by default the one that owns sigma.
-            **places: ``attention_mask``, ``position_ids``, ``token_type_ids``, as in :meth:`features`.
+            **places: ``attention_mask``, ``position_ids``, ``token_type_ids``, as in ``features``.
 
         Raises:
             ValueError: for mask rates outside [0, 1], a batch whose mask rates span blocks, a block that is not loaded,
@@ -293,7 +293,7 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
             base: a transformers masked language model (or a decoder like Llama, which then sees both sides), its
                 directory or Hub id (weights are copied), or its config as an object or mapping (weights are new).
             num_blocks: B, default 3.
-            **settings: fields of :class:`BlockedMaskedLMConfig`; ``mask_token_id`` is that of the tokenizer beside a
+            **settings: fields of ``BlockedMaskedLMConfig``; ``mask_token_id`` is that of the tokenizer beside a
                 base that is loaded by name, unless given. For such a base also ``dtype``, ``revision``, ``token`` and
                 ``cache_dir``.
 
@@ -326,7 +326,7 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
     def config_from(
         cls, base_config: Mapping[str, Any] | PreTrainedConfig, num_blocks: int | None = None, **settings: Any
     ) -> BlockedMaskedLMConfig:
-        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
+        """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
         check_base_settings(base_config)
@@ -338,7 +338,7 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
         return BlockedMaskedLMConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)
 
     def to_base(self, block: int | None = None) -> PreTrainedModel:
-        """Give back a transformers masked language model; see :func:`.masked_lm_conversion.base_of_block`.
+        """Give back a transformers masked language model; see ``masked_lm_conversion.base_of_block``.
 
         Args:
             block: a block, to get it as a model of its own layers. Not needed for B = 1, where the result is bitwise

@@ -23,7 +23,7 @@ _ADD_A_TOKEN = (
 
 
 class BlockedMaskedLMConfig(DiffusionBlocksConfig):
-    """Config of :class:`BlockedForMaskedLM`: :class:`DiffusionBlocksConfig` and
+    """Config of ``BlockedForMaskedLM``: ``DiffusionBlocksConfig`` and
 
     Its noise level is the mask rate ``m = 1 - alpha``, in [0, 1]; ``edges`` and ``overlap`` are in units of m, and
     ``noise``, ``preconditioning``, ``sigma_data`` and ``noise_scale`` have no meaning.

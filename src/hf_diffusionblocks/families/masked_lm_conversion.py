@@ -115,7 +115,7 @@ def _check_tables(base: PreTrainedModel, table: nn.Module, head: nn.Module) -> N
 
 
 def base_of_block(model: "BlockedForMaskedLM", block: int | None) -> PreTrainedModel:
-    """The transformers masked language model of a block's layers; see :meth:`BlockedForMaskedLM.to_base`."""
+    """The transformers masked language model of a block's layers; see ``BlockedForMaskedLM.to_base``."""
     config, count = model.config, model.partition.num_blocks
     if block is None:
         if count > 1:

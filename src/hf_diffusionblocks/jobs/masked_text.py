@@ -71,7 +71,7 @@ def _parts(model: BlockedForMaskedLM) -> list[str]:
 
 
 def train(recipe: Recipe, **settings: Any) -> Path:
-    """``diffusionblocks train``; see :func:`hf_diffusionblocks.jobs.train`."""
+    """``diffusionblocks train``; see ``hf_diffusionblocks.jobs.train``."""
     return train_text(recipe, TextRun(gap_tokens, write_report, _write_card, _parts), **settings)
 
 
@@ -174,7 +174,7 @@ def sample_masked(
         seed: of everything random.
         block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
         say: prints.
-        **settings: fields of :class:`~hf_diffusionblocks.recipes.sections.MaskedSampling` that are not None.
+        **settings: fields of ``MaskedSampling`` that are not None.
 
     Returns:
         The texts.
@@ -194,7 +194,7 @@ def sample_masked(
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
-    """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
+    """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
     model, tokenizer = load_model(model_dir, kind=BlockedForMaskedLM)
     test_data = load_held_out(recipe, tokenizer)

@@ -46,7 +46,7 @@ def train_text(
     report: bool = True,
     say: Say = print,
 ) -> Path:
-    """``diffusionblocks train`` of a language model; see :func:`hf_diffusionblocks.jobs.train`."""
+    """``diffusionblocks train`` of a language model; see ``hf_diffusionblocks.jobs.train``."""
     tokenizer, kind = make_tokenizer(recipe), recipe.kind.model_class
     train_data, test_data = load_data(recipe, tokenizer)
     recipe = resolve_method(recipe, recipe.model.get("vocab_size") or tokenizer_size(tokenizer), len(train_data))

@@ -20,7 +20,7 @@ def default_objective(
     Args:
         config: the model's.
         gradient: ``exact`` for the last block's loss with its exact gradient in each block
-            (:class:`ExactNextTokenPrediction`); with one block, its own loss is just that.
+            (``ExactNextTokenPrediction``); with one block, its own loss is just that.
         **settings: of the objective; those that it does not know are left out if they are not set.
     """
     kinds = {BlockedCausalLMConfig: NextTokenPrediction, BlockedMaskedLMConfig: MaskedDiffusion}

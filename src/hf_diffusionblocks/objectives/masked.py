@@ -5,7 +5,7 @@ Block b owns the mask rates m in ``[low, high]``; its loss is the mean over m, u
 .. math:: \frac{1}{T}\, \frac{1}{m}\, E\Big[\sum_{i\ masked} -\log p_b(x_i | z_m)\Big]
 
 in nats per token: what a hidden token costs on average. A block's share in the bound of ``-log p(x)`` is that times
-``high - low``, and with edges from 1 to 0 the shares sum to the bound (:mod:`hf_diffusionblocks.likelihood.masked`).
+``high - low``, and with edges from 1 to 0 the shares sum to the bound (``hf_diffusionblocks.likelihood.masked``).
 """
 
 import functools
@@ -65,7 +65,7 @@ class MaskedDiffusion:
 
     Args:
         at_least_one: hide one token of each row for sure, which leaves the expectation as it is and takes out the
-            factor 1 / m; see :func:`~hf_diffusionblocks.masking.draw_masks`. False for the loss as it is written.
+            factor 1 / m; see ``draw_masks``. False for the loss as it is written.
     """
 
     at_least_one: bool = True
@@ -187,7 +187,7 @@ def block_nats(
     num_draws: int = 1,
     generator: torch.Generator | None = None,
 ) -> Float[Tensor, "rows draws"]:
-    """A block's share in the bound of each row, over its plain range; see :func:`range_nats`."""
+    """A block's share in the bound of each row, over its plain range; see ``range_nats``."""
     losses = functools.partial(hidden_token_losses, model, block, batch)
     low, high = model.partition.range(block)
     return range_nats(losses, maskable_tokens(model, batch), low, high, num_draws, generator)
