@@ -5,8 +5,10 @@ from typing import Any
 from ..configuration import DiffusionBlocksConfig
 from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..families.image_classification_config import BlockedImageClassificationConfig
+from ..families.masked_lm_config import BlockedMaskedLMConfig
 from .exact_gradient import ExactNextTokenPrediction, check_exact
 from .label_prediction import ExactLabelPrediction, LabelPrediction
+from .masked import MaskedDiffusion
 from .next_token import NextTokenPrediction
 from .result import HeldOutLoss, ObjectiveResult
 from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_loss, weighted_error
@@ -15,13 +17,14 @@ from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_los
 _OBJECTIVES: dict[type[DiffusionBlocksConfig], tuple[type, type]] = {
     BlockedCausalLMConfig: (NextTokenPrediction, ExactNextTokenPrediction),
     BlockedImageClassificationConfig: (LabelPrediction, ExactLabelPrediction),
+    BlockedMaskedLMConfig: (MaskedDiffusion, MaskedDiffusion),  # blocks stand alone: check_exact refuses
 }
 
 
 def default_objective(
     config: DiffusionBlocksConfig, gradient: str = "local", **settings: Any
-) -> DenoisingScoreMatching | NextTokenPrediction | LabelPrediction:
-    """The objective of a family: ``NextTokenPrediction`` for language models, ``LabelPrediction`` for image
+) -> DenoisingScoreMatching | NextTokenPrediction | LabelPrediction | MaskedDiffusion:
+    """The objective of a family: that of next or of hidden tokens for language models, ``LabelPrediction`` for image
     classifiers, else denoising score matching.
 
     Args:
@@ -50,6 +53,7 @@ __all__ = [
     "ExactNextTokenPrediction",
     "HeldOutLoss",
     "LabelPrediction",
+    "MaskedDiffusion",
     "NextTokenPrediction",
     "ObjectiveResult",
     "default_objective",
