@@ -12,6 +12,7 @@ from .auto_classes import register_families
 if TYPE_CHECKING:
     from .families.causal_lm import BlockedCausalLMConfig, BlockedForCausalLM
     from .families.dit import BlockedDiTConfig, BlockedDiTModel
+    from .families.recurrent import BlockedRecurrentConfig, BlockedRecurrentForCausalLM
     from .generation import denoising_generate
     from .memory import plan_memory
     from .merging import merge_blocks
@@ -30,6 +31,8 @@ _MODULES = {
     "BlockedDiTModel": "families.dit",
     "BlockedDiTPipeline": "pipelines",
     "BlockedForCausalLM": "families.causal_lm",
+    "BlockedRecurrentConfig": "families.recurrent",
+    "BlockedRecurrentForCausalLM": "families.recurrent",
     "DenoisingScoreMatching": "objectives",
     "DiffusionBlocksTrainer": "training",
     "DiffusionBlocksTrainingArguments": "training",
@@ -48,6 +51,8 @@ __all__ = [
     "BlockedDiTModel",
     "BlockedDiTPipeline",
     "BlockedForCausalLM",
+    "BlockedRecurrentConfig",
+    "BlockedRecurrentForCausalLM",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",

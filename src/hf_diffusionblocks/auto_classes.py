@@ -16,6 +16,7 @@ from typing import Any
 CONFIGS = {
     "blocked_dit": ("hf_diffusionblocks.families.dit", "BlockedDiTConfig"),
     "blocked_causal_lm": ("hf_diffusionblocks.families.causal_lm", "BlockedCausalLMConfig"),
+    "blocked_recurrent": ("hf_diffusionblocks.families.recurrent", "BlockedRecurrentConfig"),
 }
 _REGISTRY = "transformers.models.auto.configuration_auto"
 
