@@ -99,6 +99,11 @@ class BlockedRecurrentConfig(BlockedCausalLMConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be positive.")
 
     @property
+    def indivisible(self) -> bool:
+        """Whether costs of the whole do not follow from those of fewer layers: the core's count more than once."""
+        return True
+
+    @property
     def prelude(self) -> range:
         """The layers that read the tokens."""
         return range(self.prelude_layers)

@@ -4,15 +4,17 @@ from typing import Any
 
 from ..configuration import DiffusionBlocksConfig
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 from .exact_gradient import ExactNextTokenPrediction, check_exact
 from .next_token import NextTokenPrediction
+from .recurrent import RecurrentDenoising, TruncatedBackpropagation
 from .result import HeldOutLoss, ObjectiveResult
 from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_loss, weighted_error
 
 
 def default_objective(
     config: DiffusionBlocksConfig, gradient: str = "local", **settings: Any
-) -> DenoisingScoreMatching | NextTokenPrediction:
+) -> DenoisingScoreMatching | NextTokenPrediction | TruncatedBackpropagation:
     """The objective of a family: :class:`NextTokenPrediction` for language models, else denoising score matching.
 
     Args:
@@ -22,6 +24,8 @@ def default_objective(
         **settings: of the objective; those that it does not know are left out if they are not set.
     """
     kind = NextTokenPrediction if isinstance(config, BlockedCausalLMConfig) else DenoisingScoreMatching
+    if isinstance(config, BlockedRecurrentConfig):
+        kind = RecurrentDenoising if config.two_stream else TruncatedBackpropagation
     if gradient == "exact" and config.num_blocks > 1:
         check_exact(config)
         kind = ExactNextTokenPrediction
@@ -40,6 +44,8 @@ __all__ = [
     "HeldOutLoss",
     "NextTokenPrediction",
     "ObjectiveResult",
+    "RecurrentDenoising",
+    "TruncatedBackpropagation",
     "default_objective",
     "denoise_routed",
     "held_out_loss",
