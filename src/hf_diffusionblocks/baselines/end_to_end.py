@@ -60,7 +60,8 @@ def baseline_recipe(
     num_layers, num_blocks = config.num_layers, config.num_blocks
     values["method"], values["match"] = method, match
     if plain is not None:
-        values["blocks"] = {"num_blocks": 1, **plain}
+        kept = {k: v for k, v in values["blocks"].items() if k in recipe.kind.kept}
+        values["blocks"] = {**kept, "num_blocks": 1, **plain}
         values["training"] = {k: v for k, v in values["training"].items() if k not in _OF_BLOCKS}
     else:
         dropped = ("edges", "layers_per_block", "partition")

@@ -78,7 +78,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     small_config = BlockedCausalLMConfig(base_config=base, num_blocks=1, **plain)
     small_cost = training_flops(small_config, batch_size=batch_size, **checkpointing, **tokens)
     with torch.device("meta"):
-        model = BlockedForCausalLM(config)
+        model = recipe.kind.model_class(config)
     layer = sum(p.numel() for p in model.block(0).model.layers[0].parameters())
     small = small_model(layer, cost, small_cost, layers, read)
     advised = advice(config, cost, small)
@@ -157,12 +157,13 @@ def train(
         merged = merge_jobs(output, summary, say)
         if merged is None:
             return model_dir
-        model_dir, model = merged, BlockedForCausalLM.from_pretrained(merged).to(trainer.model.device)
+        model_dir, model = merged, recipe.kind.model_class.from_pretrained(merged).to(trainer.model.device)
         if report:
             write_report(model.eval(), *reported)
     elif report and whole and (blocks is None or lower is not None):
         if trainer.group.sharded:
-            write_report(BlockedForCausalLM.from_pretrained(model_dir).to(trainer.model.device).eval(), *reported)
+            whole_model = recipe.kind.model_class.from_pretrained(model_dir).to(trainer.model.device)
+            write_report(whole_model.eval(), *reported)
         else:
             with trainer.averaged_weights():
                 write_report(trainer.model, *reported)

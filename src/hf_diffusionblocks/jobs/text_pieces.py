@@ -14,12 +14,12 @@ from ..data import load_documents, load_text_dataset, load_tokenizer
 from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size
 from ..families.causal_lm import BlockedForCausalLM
 from ..recipes import Recipe
-from ..recipes.families import BYTES
+from ..recipes.families import BYTES, FAMILIES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
 from ..training.parallel import my_blocks
 from ..training.residency import construction
-from .common import loading, pick_device
+from .common import family_of, loading, pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
 STREAM_DOCUMENTS = 20_000
@@ -233,6 +233,7 @@ def load_model(
     """
     tokenizer = load_tokenizer(model_dir)
     with loading(block_streaming):
-        model = BlockedForCausalLM.from_pretrained(model_dir)
+        kind = FAMILIES[family_of(model_dir)]
+        model = (kind.model_class if kind.has_text else BlockedForCausalLM).from_pretrained(model_dir)
     check_tokenizer(tokenizer, model.config.vocab_size)
     return model.to(pick_device()).eval(), tokenizer

@@ -8,9 +8,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
-from ..families import causal_lm_config, dit
+from ..families import causal_lm_config, dit, recurrent_config
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
+from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from .sections import (
@@ -67,6 +68,7 @@ class Family:
         bases: how the class names of its bases end, as their ``config.json`` names them.
         plain: settings of the section ``blocks`` under which one block is the ordinary network; None for those of the
             blocked run.
+        kept: settings of the section ``blocks`` that an ordinary network has too.
         counts_compute: whether an update of all blocks may cost more than an end-to-end one, so that baselines of
             equal compute need it counted.
         example: the name of one of its recipes.
@@ -83,6 +85,7 @@ class Family:
     has_text: bool = False
     bases: tuple[str, ...] = ()
     plain: dict[str, Any] | None = None
+    kept: frozenset[str] = frozenset()
     counts_compute: bool = False
     example: str = ""
 
@@ -98,6 +101,7 @@ class Family:
 
 
 _OF_A_RUN = {"pretrained", "trained_blocks"}
+_OF_SEVERAL_BLOCKS = {"context", "auxiliary_layers", "initialization", "layers_per_block", "edges", "partition"}
 
 FAMILIES = {
     "dit": Family(
@@ -125,6 +129,21 @@ FAMILIES = {
         plain={"readout": "clean", "context": "independent", "auxiliary_layers": 0},
         counts_compute=True,
         example="pydoc-llama",
+    ),
+    "recurrent": Family(
+        TextData,
+        TextSampling,
+        TextEvaluation,
+        BlockedRecurrentForCausalLM,
+        recurrent_config.config_fields() - _OF_A_RUN - _OF_SEVERAL_BLOCKS | {"preset"},
+        "num_hidden_layers",
+        transformers_keys,
+        "text",
+        has_text=True,
+        plain={"readout": "clean"},
+        kept=frozenset(recurrent_config.BlockedRecurrentConfig.__annotations__) - {"readout", "context", "noise_per"},
+        counts_compute=True,
+        example="pydoc-recurrent",
     ),
 }
 
