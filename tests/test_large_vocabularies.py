@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import CohereConfig, CohereForCausalLM
 
 from hf_diffusionblocks import BlockedForCausalLM
-from hf_diffusionblocks.losses import CHUNK_ELEMENTS, linear_cross_entropy
+from hf_diffusionblocks.losses import CHUNK_ELEMENTS, linear_cross_entropy, linear_divergence
 from hf_diffusionblocks.objectives.next_token import NextTokenPrediction
 from tiny_text import base_config
 
@@ -63,6 +64,44 @@ def test_at_most_one_chunk_of_logits_is_kept_and_a_smaller_one_if_asked_for():
     chunks = saved(lambda: linear_cross_entropy([(x, weight)], labels, chunk_elements=1 << 20).mean())
     assert max(chunks.values()) == weight.nbytes and sum(chunks.values()) < ALL_LOGITS / 25
     torch.testing.assert_close(x.grad, expected)
+
+
+def test_the_divergence_from_a_teacher_keeps_features_and_weights_only():
+    x, weight, _ = features_and_head(2 * TOKENS)
+    hidden, head = torch.randn(2 * TOKENS, WIDTH), torch.randn(VOCAB, WIDTH)
+    sizes = saved(lambda: linear_divergence([(x, weight)], [(hidden, head)]).mean())
+    assert max(sizes.values()) == weight.nbytes and sum(sizes.values()) < ALL_LOGITS / 10
+    chunked, x.grad = x.grad, None
+    p = F.linear(hidden, head).softmax(-1)
+    mine = F.linear(x, weight).log_softmax(-1)
+    expected = (p * (p.log() - mine)).sum(-1)
+    expected.mean().backward()
+    torch.testing.assert_close(chunked, x.grad, rtol=1e-4, atol=1e-7)
+    each = linear_divergence([(x, weight)], F.linear(hidden, head), chunk_elements=1 << 22)
+    torch.testing.assert_close(each, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_whose_logits_are_scaled_is_taken_at_its_word():
+    config = CohereConfig(
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        logit_scale=3.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    teacher = CohereForCausalLM(config)
+    base = base_config(num_layers=2, vocab_size=64, hidden_size=WIDTH)
+    model = BlockedForCausalLM.from_base(base, 2, auxiliary_layers=0)
+    ids = torch.randint(3, 64, (2, 9))
+    parts = NextTokenPrediction(teacher=teacher, distillation_weight=1.0)(model, 1, {"input_ids": ids}).parts
+    with torch.no_grad():
+        own, theirs = model(ids).logits[:, :-1].log_softmax(-1), teacher(ids).logits[:, :-1].log_softmax(-1)
+    torch.testing.assert_close(parts["distillation_loss"], (theirs.exp() * (theirs - own)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("readout", ["clean", "exact", "edm"])

@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear head, in chunks: never the logits of all tokens at once.
+"""Cross-entropy of a linear head, and its divergence from a teacher's, in chunks: never the logits of all tokens.
 
 The logits of N tokens over V classes in float32 take 4 N V bytes (8 x 1024 tokens at a vocabulary of 49k: 1.6 GB), more
 than all activations of a block. Here a chunk's logits are computed, used and dropped, and computed again in the
@@ -55,6 +55,40 @@ def linear_cross_entropy(
         tensors = [tensor for x, weight in pairs for tensor in (x[rows], weight)]
         losses.append(checkpoint(_cross_entropy, labels[rows], *tensors, use_reentrant=False))
     return torch.cat(losses)
+
+
+def linear_divergence(
+    pairs: Pairs, teacher: Pairs | Float[Tensor, "tokens vocab"], *, chunk_elements: int = CHUNK_ELEMENTS
+) -> Float[Tensor, "tokens"]:
+    """Kullback-Leibler divergence ``KL(teacher || own)`` in nats of each token, without gradient for the teacher.
+
+    Args:
+        pairs: features [tokens, width] and weights [vocab, width] of the own logits.
+        teacher: the same of the teacher's; or its logits, where they are not a product.
+        chunk_elements: largest number of logits to hold at a time.
+
+    Returns:
+        float32 [tokens].
+    """
+    tokens = pairs[0][0].shape[0]
+    size = max(1, chunk_elements // pairs[0][1].shape[0])
+    divergences = []
+    for start in range(0, tokens, size):
+        rows = slice(start, start + size)
+        mine = [tensor for x, weight in pairs for tensor in (x[rows], weight)]
+        whole = teacher if isinstance(teacher, Tensor) else None
+        theirs = [whole[rows]] if whole is not None else [t for x, weight in teacher for t in (x[rows], weight)]
+        divergences.append(checkpoint(_divergence, len(mine), *mine, *theirs, use_reentrant=False))
+    return torch.cat(divergences)
+
+
+def _divergence(count: int, *tensors: Tensor) -> Tensor:
+    mine, theirs = tensors[:count], tensors[count:]
+    own = linear_logits(list(zip(mine[::2], mine[1::2], strict=True))).float().log_softmax(-1)
+    with torch.no_grad():
+        logits = theirs[0] if len(theirs) == 1 else linear_logits(list(zip(theirs[::2], theirs[1::2], strict=True)))
+        target = logits.float().log_softmax(-1)
+    return F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
 
 
 def _cross_entropy(labels: Tensor, *tensors: Tensor) -> Tensor:

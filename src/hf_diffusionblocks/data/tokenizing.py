@@ -70,7 +70,10 @@ def train_tokenizer(
         seen = _Counted(texts if kind == "bpe" else ())
         tokenizer.train_from_iterator(seen, trainer)
         _require_text(kind == "byte" or seen.characters > 0, kind)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
+    # On the left, as batches of prompts need it: what is generated follows the last token. Training rows have none.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, padding_side="left", **special
+    )
 
 
 def load_tokenizer(

@@ -76,6 +76,8 @@ def evaluate(
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
+    if (base.startswith((".", "/", "~")) or base.count("/") > 1) and not Path(base).is_dir():
+        raise ValueError(f"there is no directory {base}: give a pretrained model's directory or its id on the Hub.")
     family = family_of(base, **hub_settings(settings))
     allowed = FAMILIES[family].block_fields | {*LOADING}
     for name in settings:

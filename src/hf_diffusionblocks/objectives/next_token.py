@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_checks import IGNORED, check_some_target
-from ..losses import linear_cross_entropy, linear_logits
+from ..losses import linear_cross_entropy, linear_divergence
 from .result import HeldOutLoss, ObjectiveResult
 
 
@@ -68,6 +68,7 @@ class NextTokenPrediction:
                 f"distillation_weight={self.distillation_weight} and hidden_weight={self.hidden_weight} need a "
                 "teacher: the frozen base model."
             )
+        self._linear_head: bool | None = None
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
 
@@ -152,14 +153,20 @@ class NextTokenPrediction:
         loss: Tensor,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         parts = {"data_loss": loss.detach()}
+        whole = self.distillation_weight > 0 and not self._has_linear_head(batch["input_ids"])
+        network = self.teacher if whole else self.teacher.base_model
         with torch.no_grad():
-            known = self.teacher(
+            known = network(
                 input_ids=batch["input_ids"], output_hidden_states=self.hidden_weight > 0, use_cache=False, **places
             )
         if self.distillation_weight:
-            target = known.logits.flatten(0, 1)[kept].float().log_softmax(-1)
-            mine = linear_logits([(x[kept], weight) for x, weight in pairs]).float().log_softmax(-1)
-            divergence = F.kl_div(mine, target, log_target=True, reduction="batchmean")
+            own = [(x[kept], weight) for x, weight in pairs]
+            if whole:
+                theirs = known.logits.flatten(0, 1)[kept]
+            else:
+                head = self.teacher.get_output_embeddings().weight
+                theirs = [(known.last_hidden_state.flatten(0, 1)[kept], head)]
+            divergence = linear_divergence(own, theirs).mean()
             parts["distillation_loss"] = divergence.detach()
             loss = (1 - self.distillation_weight) * loss + self.distillation_weight * divergence
         if self.hidden_weight and block < model.config.num_blocks - 1 and output is not None:
@@ -169,6 +176,19 @@ class NextTokenPrediction:
             parts["hidden_loss"] = distance.detach()
             loss = loss + self.hidden_weight * distance
         return loss, parts
+
+    @torch.no_grad()
+    def _has_linear_head(self, input_ids: Tensor) -> bool:
+        """Whether the teacher's logits are its last hidden state times its head: then they are made in chunks."""
+        if self._linear_head is None:
+            head, one = self.teacher.get_output_embeddings(), {"input_ids": input_ids[:1, :1], "use_cache": False}
+            plain = self.teacher.base_model is not self.teacher and hasattr(head, "weight")
+            if plain:
+                hidden = getattr(self.teacher.base_model(**one), "last_hidden_state", None)
+                plain = hidden is not None and hidden.shape[-1] == head.weight.shape[-1]
+                plain = plain and torch.allclose(F.linear(hidden, head.weight), self.teacher(**one).logits)
+            self._linear_head = bool(plain)
+        return self._linear_head
 
     @torch.no_grad()
     def held_out(

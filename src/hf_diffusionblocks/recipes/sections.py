@@ -146,7 +146,10 @@ class TextSampling:
             ):
                 raise ValueError(f"sampling.{name}={value!r} must be a whole number of at least {low}.")
         if not (isinstance(self.temperature, (int, float)) and self.temperature > 0):
-            raise ValueError(f"sampling.temperature={self.temperature!r} must be positive; do_sample=false is greedy.")
+            raise ValueError(
+                f"sampling.temperature={self.temperature!r} must be positive. The likeliest token: --temperature 0, "
+                "or do_sample=false in a recipe."
+            )
         if not (isinstance(self.top_p, (int, float)) and 0 < self.top_p <= 1):
             raise ValueError(f"sampling.top_p={self.top_p!r} must lie in (0, 1]; 1 leaves all tokens in.")
         for name, allowed in (("mode", MODES), ("grid", GRIDS), ("bridge", BRIDGES)):
