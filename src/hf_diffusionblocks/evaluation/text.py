@@ -150,7 +150,7 @@ def generate_text(
         options |= {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
     if settings.mode == "denoise":
         if isinstance(model, BlockedRecurrentForCausalLM):
-            options |= recurrent_options(settings)
+            options |= recurrent_options(settings) if model.config.two_stream else {}  # unrolled as it was trained
         else:
             options |= {"custom_generate": denoising_generate, "seed": seed}
             options |= {"steps": settings.steps, "grid": settings.grid, "bridge": settings.bridge}

@@ -1,9 +1,9 @@
 """Recurrent-depth language models: prelude, a core that is run again and again, coda (Huginn, arXiv 2502.05171).
 
-Huginn trains the core unrolled: some 33 recurrences of a state that starts as noise, with the gradient through the last
-8. DiffusionBlocks (arXiv 2506.14202, App. E) makes the core a denoiser: the state is the next token's embedding with
-noise, ``z = y + sigma eps``, the prelude's output is what it is conditioned on, and one pass at a random sigma takes the
-place of the unrolled ones. It is one block, B = 1, that serves the whole noise range.
+Huginn trains the core unrolled: some 33 recurrences of a state that starts as noise, with the gradient through the
+last 8. DiffusionBlocks (arXiv 2506.14202, its recurrent-depth models) makes the core a denoiser: the state is the next
+token's embedding with noise, ``z = y + sigma eps``, the prelude's output is what it is conditioned on, and one pass at
+a random sigma takes the place of the unrolled ones. It is one block, B = 1, that serves the whole noise range.
 
 Nothing leaks: position i's state is a noisy version of token i + 1, and it sees the states of positions j <= i only,
 which are versions of the tokens up to i, and its own.
@@ -28,7 +28,7 @@ from ..suggest import unknown_name
 from .causal_lm import BlockedForCausalLM
 from .causal_lm_checks import STOP_STRING_TOOLS, check_keywords, check_some_target
 from .causal_lm_config import check_base_settings
-from .recurrent_block import Places, RecurrentBlock
+from .recurrent_block import Places, RecurrentBlock, has_values
 from .recurrent_config import PRESETS, BlockedRecurrentConfig, check_recurrences, config_fields
 from .recurrent_walk import unrolled, walk
 from .two_stream import document_numbers
@@ -91,7 +91,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         """
         device = hidden.device
         documents = None
-        if earlier == 0 and attention_mask is None:
+        if earlier == 0 and attention_mask is None and has_values(position_ids):  # a count is of rows of one document
             documents = document_numbers(position_ids if documents_of is None else documents_of)
         plain = columns is None
         if plain:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import CacheLayerMixin
 
@@ -128,6 +129,11 @@ class _OneLayer:
 def _window(config: BlockedRecurrentConfig, layer: int) -> int | None:
     kinds, window = config.base_config.get("layer_types"), config.base_config.get("sliding_window")
     return None if kinds and kinds[layer] != "sliding_attention" else window
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor is more than a shape: plans and counts run on tensors that are not."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 @dataclass

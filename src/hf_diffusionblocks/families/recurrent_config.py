@@ -11,7 +11,7 @@ from .causal_lm_config import BlockedCausalLMConfig
 NOISE_PER = ("row", "token")
 
 PRESETS = {
-    # arXiv 2506.14202, App. E: one core for the whole noise range, the paper's readout and noise.
+    # arXiv 2506.14202: one core for the whole noise range, the paper's readout and noise.
     "paper": {"readout": "edm", "overlap": 0.1, "noise": {"p_mean": -1.2, "p_std": 1.2}},
     # Huginn, arXiv 2502.05171, section 3: what DiffusionBlocks is compared with.
     "huginn": {"readout": "clean", "mean_recurrences": 32, "backprop_depth": 8},
@@ -30,7 +30,7 @@ class BlockedRecurrentConfig(BlockedCausalLMConfig):
             ``clean``: there is no noisy target; the state is unrolled, as in Huginn (arXiv 2502.05171).
         prelude_layers: a quarter of the layers by default.
         coda_layers: a quarter of the layers by default.
-        core_norm: whether the core ends with a norm, as Huginn's does; without one a pretrained base keeps its function.
+        core_norm: whether the core ends with a norm, as Huginn's does; a pretrained base keeps its function without.
         noise_per: whether the tokens of a ``row`` share a noise level in training, as the states of one recurrence do
             at inference, or each ``token`` has its own.
         num_recurrences: at inference, unless given there; by default 1 for a denoiser (its next token's logits at

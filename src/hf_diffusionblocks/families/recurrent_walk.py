@@ -1,9 +1,9 @@
 """Recurrences at inference: the walk along the noise grid, unrolled states, and their caches.
 
 A denoiser's recurrence r runs the core at the r-th noise level of a grid from sigma_max down (arXiv 2506.14202,
-section 3): ``z <- (sigma_next / sigma) z + (1 - sigma_next / sigma) D``, with D the posterior mean of the target. States
-of a prompt are known: there z is the next token's embedding with noise of that level, as in training. At sigma_max a
-state carries nothing, known or not, so the first recurrence treats all alike: one recurrence is a language model.
+section 3): ``z <- (sigma_next / sigma) z + (1 - sigma_next / sigma) D``, with D the posterior mean of the target.
+States of a prompt are known: there z is the next token's embedding with noise of that level, as in training. At
+sigma_max a state carries nothing, known or not, so the first recurrence treats all alike: one is a language model.
 
 Every recurrence has keys and values of its own. A cache holds x of all columns, the prelude's layers, and core and coda
 once for each recurrence; those of the walking states are dropped after each, and computed again, as known ones, when
@@ -20,7 +20,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from ..losses import Pairs, linear_logits
 from ..noise import equal_probability_grid
-from .recurrent_block import Places
 
 if TYPE_CHECKING:
     from .recurrent import BlockedRecurrentForCausalLM
@@ -53,8 +52,8 @@ class RecurrentCache:
             cache.layers[:] = [DynamicLayer() for _ in range(count)]
         elif len(cache.layers) != count:
             raise ValueError(
-                f"past_key_values has {len(cache.layers)} layers; {recurrences} recurrences of this model need {count}: "
-                "it is a cache of another number of recurrences, or of another model. Start with past_key_values=None."
+                f"past_key_values has {len(cache.layers)} layers; {recurrences} recurrences of this model need "
+                f"{count}: it is a cache of another number of recurrences, or of another model. Start with past_key_values=None."
             )
         self.x, layers = cache.layers[0], cache.layers[1:]
         self.prelude = layers[:prelude]

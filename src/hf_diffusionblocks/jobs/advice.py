@@ -62,12 +62,14 @@ def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallMod
     """One paragraph on whether blocks pay here."""
     count = config.num_blocks
     if isinstance(config, BlockedRecurrentConfig):
+        if not config.two_stream:
+            return "Does denoising pay here? This is the unrolled core; see the plan with method=blocked."
         counted = f"{config.mean_recurrences + 1} recurrences on average, the gradient through the last "
         return (
             f"Does denoising pay here? An update runs the core once and costs {cost.ratio:.2f} updates of the unrolled "
             f"core ({counted}{config.backprop_depth}; --method end_to_end), so for that compute it gets "
-            f"{1 / cost.ratio:.1f} times the updates. For the same compute an ordinary decoder of {small.layers} layers "
-            f"(family causal_lm) gets {small.updates:.2f} times the denoiser's: compare with it."
+            f"{1 / cost.ratio:.1f} times the updates. For the same compute an ordinary decoder of {small.layers} "
+            f"layers (family causal_lm) gets {small.updates:.2f} times the denoiser's: compare with it."
         )
     if config.pretrained:
         return (

@@ -35,7 +35,17 @@ from transformers import PreTrainedModel
 from ..families.causal_lm import BlockedForCausalLM
 from ..objectives.next_token import next_tokens
 from ..suggest import unknown_name
-from .bound import Errors, NoiseSampling, RowNoiseSampling, check_draws, cross_entropy_at, draw_range, noisy_at, prior_nats, summarise
+from .bound import (
+    Errors,
+    NoiseSampling,
+    RowNoiseSampling,
+    check_draws,
+    cross_entropy_at,
+    draw_range,
+    noisy_at,
+    prior_nats,
+    summarise,
+)
 from .result import Likelihood, LikelihoodBound, RowSums
 from .rows import BlockErrors, Targets, batches, evaluating, next_token_losses
 

@@ -6,11 +6,11 @@ the last k = 8 recurrences only::
     tau ~ N(log r_mean - std^2 / 2, std),   r ~ Poisson(e^tau) + 1,   s_0 ~ N(0, state_std^2)
     s_i = core(A [x, s_{i-1}]),   loss = CE(coda(s_r), next token)
 
-DiffusionBlocks (arXiv 2506.14202, App. E) replaces the r recurrences by one: the state is the target with noise,
+DiffusionBlocks (arXiv 2506.14202) replaces the r recurrences by one: the state is the target with noise,
 ``z = y + sigma eps``, and the loss is the cross-entropy of the target given z, as in :mod:`.next_token`.
 
-In layer passes (forward 1, backward 2) with prelude, core and coda of 2, 4 and 2 layers and r = 33: 25 * 4 + 3 * (8 * 4 +
-4) = 208 against 3 * 8 = 24 for an update, a ratio of 8.7; core passes alone are 33 to 1.
+In layer passes (forward 1, backward 2) with prelude, core and coda of 2, 4 and 2 layers and r = 33: 25 * 4 +
+3 * (8 * 4 + 4) = 208 against 3 * 8 = 24 for an update, a ratio of 8.7; runs of the core alone are 33 to 1.
 """
 
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..families.causal_lm_checks import check_some_target
 from ..families.recurrent import BlockedRecurrentForCausalLM
+from ..families.recurrent_block import has_values
 from ..families.recurrent_config import BlockedRecurrentConfig
 from ..losses import linear_cross_entropy
 from .next_token import NextTokenPrediction, _by_row, next_tokens
@@ -97,7 +97,7 @@ class TruncatedBackpropagation:
                 "readout='clean'."
             )
         ids, module = batch["input_ids"], model.block(block)
-        recurrences = self.recurrences or draw_recurrences(config, generator, counting=_has_no_values(ids))
+        recurrences = self.recurrences or draw_recurrences(config, generator, counting=not has_values(ids))
         labels, hidden = next_tokens(batch), model.embed_tokens(ids)
         positions = batch.get("position_ids")
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
@@ -138,7 +138,3 @@ def draw_recurrences(
     mean = torch.tensor([float(config.mean_recurrences)], dtype=torch.float64, device="cpu").log() - std**2 / 2
     tau = mean + std * torch.randn(1, generator=generator, dtype=torch.float64, device="cpu")
     return int(torch.poisson(tau.exp(), generator=generator).item()) + 1
-
-
-def _has_no_values(tensor: Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
