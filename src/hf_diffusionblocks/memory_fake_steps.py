@@ -196,7 +196,8 @@ class FakeStep:
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"{type(self.objective_of(model)).__name__} decides by the values of tensors ({error.func}), which a "
-                "plan does not have (a teacher's blocks are chosen so). Plan without it, or count a real step: measure_memory()."
+                "plan does not have (a teacher's blocks are chosen so). Plan without it, or count a real step: "
+                "measure_memory()."
             ) from error
 
     def _peak(self, model: BlockedPreTrainedModel, block: int, checkpointing: bool) -> tuple[int, int]:

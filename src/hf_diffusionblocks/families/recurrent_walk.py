@@ -53,7 +53,8 @@ class RecurrentCache:
         elif len(cache.layers) != count:
             raise ValueError(
                 f"past_key_values has {len(cache.layers)} layers; {recurrences} recurrences of this model need "
-                f"{count}: it is a cache of another number of recurrences, or of another model. Start with past_key_values=None."
+                f"{count}: it is a cache of another number of recurrences, or of another model. Start with "
+                "past_key_values=None."
             )
         self.x, layers = cache.layers[0], cache.layers[1:]
         self.prelude = layers[:prelude]
