@@ -1,4 +1,4 @@
-"""The command line: parses and calls :mod:`hf_diffusionblocks.jobs`. Heavy imports wait until a command runs."""
+"""The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
 
 import argparse
 import json

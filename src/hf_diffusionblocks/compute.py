@@ -133,8 +133,8 @@ def training_flops(
         ...         "num_attention_heads": 4, "vocab_size": 10}
         >>> config = BlockedCausalLMConfig(base_config=base, num_blocks=3, layers_per_block=[2, 2, 2])
         >>> cost = training_flops(config, tokens=16)
-        >>> [block.layer_passes for block in cost.blocks]
-        [9, 11, 10]
+        >>> tuple(block.layer_passes for block in cost.blocks)
+        (9, 11, 10)
         >>> round(cost.ratio, 2)
         1.67
     """

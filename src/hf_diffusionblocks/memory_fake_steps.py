@@ -1,6 +1,6 @@
-"""A training step on fake tensors, which have shapes but no memory: what :mod:`.memory` predicts from.
+"""A training step on fake tensors, which have shapes but no memory: what ``memory`` predicts from.
 
-The real modules and the real objective run, and are counted as :mod:`.memory_counting` counts a real step. Of long
+The real modules and the real objective run, and are counted as ``memory_counting`` counts a real step. Of long
 blocks only short ones are run: a layer more costs the same each time. So does a sample more, where the loss of a large
 vocabulary is computed in more than a few chunks.
 """
@@ -40,7 +40,7 @@ def recut(config: DiffusionBlocksConfig, **changes: Any) -> DiffusionBlocksConfi
 
 
 def few_chunks(model: BlockedPreTrainedModel, batch_size: int, chunks: int, batch_settings: dict[str, Any]) -> int:
-    """The smallest batch whose loss is computed in so many full chunks (:mod:`.losses`), or ``batch_size`` itself if
+    """The smallest batch whose loss is computed in so many full chunks (``losses``), or ``batch_size`` itself if
     that is smaller or its loss is not computed in chunks."""
     batch = model.dummy_batch(1, **batch_settings)
     if "input_ids" not in batch:
@@ -108,7 +108,7 @@ class FakeStep:
         )
 
     def job(self, model: BlockedPreTrainedModel, block: int, name: str, frozen: bool) -> Job:
-        """A block as :mod:`.memory_alternatives` takes it; ``frozen``: count what frozen layers keep too."""
+        """A block as ``memory_alternatives`` takes it; ``frozen``: count what frozen layers keep too."""
         module, counts = model.block(block), self.counts(model, block)
         return Job(
             name=name,

@@ -84,7 +84,7 @@ class LogNormalNoise:
         return q.clamp(0, 1)  # torch's and math's logarithms may differ in the last place
 
     def icdf(self, q: Float[Tensor, "..."] | float | int) -> Float[Tensor, "..."]:
-        """Noise level below which the share ``q`` of the truncated distribution lies (inverse of :meth:`cdf`).
+        """Noise level below which the share ``q`` of the truncated distribution lies (inverse of ``cdf``).
 
         ``sigma = exp(p_mean + p_std * ndtri(u))``, ``u = u_min + (u_max - u_min) q`` (arXiv 2506.14202, section 3.3).
 

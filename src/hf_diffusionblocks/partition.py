@@ -27,7 +27,7 @@ _EDGE_TOLERANCE = 1e-6
 class InformationProfile:
     """How many nats each range of noise levels costs a denoiser: the likelihood bound, bin by bin.
 
-    Measured by :func:`~hf_diffusionblocks.likelihood.information_profile`.
+    Measured by ``information_profile``.
 
     Attributes:
         edges: N + 1 noise levels, descending from sigma_max to sigma_min.
@@ -70,7 +70,7 @@ class InformationProfile:
         return float(np.interp(-math.log(sigma), -log_edges, cumulative))
 
     def level(self, nats: float | int) -> float:
-        """The noise level above which so many nats lie (inverse of :meth:`above`); the lowest where several do."""
+        """The noise level above which so many nats lie (inverse of ``above``); the lowest where several do."""
         log_edges, cumulative = self._curve
         return math.exp(float(np.interp(nats, cumulative, log_edges)))
 
@@ -83,8 +83,8 @@ class InformationProfile:
 class BlockPartition:
     """Which layers and which noise levels each block owns.
 
-    Use one of the constructors: :meth:`equal_probability` (the paper's), :meth:`uniform`, :meth:`log_uniform`,
-    :meth:`equal_information` (from a pilot run), :meth:`explicit`.
+    Use one of the constructors: ``equal_probability`` (the paper's), ``uniform``, ``log_uniform``,
+    ``equal_information`` (from a pilot run), ``explicit``.
 
     Attributes:
         edges: B + 1 noise levels, descending; ``edges[0] = sigma_max``, ``edges[B] = sigma_min``.
@@ -140,7 +140,7 @@ class BlockPartition:
         Args:
             num_blocks: B, between 1 and ``num_layers``.
             num_layers: L; a remainder of L / B goes to the first blocks, no layer is lost.
-            noise: the training distribution, default :class:`LogNormalNoise`.
+            noise: the training distribution, default ``LogNormalNoise``.
             overlap: gamma of App. C.
             layers_per_block: explicit numbers such as ``(3, 6, 3)`` instead of an even spread.
 
@@ -168,7 +168,7 @@ class BlockPartition:
     ) -> "BlockPartition":
         """Ranges of equal width in sigma (arXiv 2506.14202, Table 7's baseline, as its text defines it).
 
-        Arguments and errors as in :meth:`equal_probability`.
+        Arguments and errors as in ``equal_probability``.
         """
         noise = noise or LogNormalNoise()
         layers = _spread(num_blocks, num_layers, layers_per_block)
@@ -188,7 +188,7 @@ class BlockPartition:
     ) -> "BlockPartition":
         """Ranges of equal width in log sigma (arXiv 2506.14202, Table 7's baseline, as its appendix defines it).
 
-        Arguments and errors as in :meth:`equal_probability`.
+        Arguments and errors as in ``equal_probability``.
         """
         noise = noise or LogNormalNoise()
         layers = _spread(num_blocks, num_layers, layers_per_block)
@@ -212,7 +212,7 @@ class BlockPartition:
             num_layers: L.
             noise: the training distribution; by default the standard one on the range that the edges span.
             overlap: gamma of App. C.
-            layers_per_block: as in :meth:`equal_probability`.
+            layers_per_block: as in ``equal_probability``.
 
         Raises:
             ValueError: for edges out of order or outside the noise range.
@@ -245,16 +245,16 @@ class BlockPartition:
         the distribution within a block as it is.
 
         Args:
-            information: a profile, see :func:`~hf_diffusionblocks.likelihood.information_profile`, or its descending
+            information: a profile, see ``information_profile``, or its descending
                 edges and the nats between them.
             num_blocks: B, between 1 and ``num_layers``.
             num_layers: L.
             noise: the training distribution; by default the standard one on the range that the profile spans.
             overlap: gamma of App. C.
-            layers_per_block: as in :meth:`equal_probability`.
+            layers_per_block: as in ``equal_probability``.
 
         Raises:
-            ValueError: for a profile that is none or does not span the noise range, and as :meth:`equal_probability`.
+            ValueError: for a profile that is none or does not span the noise range, and as ``equal_probability``.
 
         Example:
             >>> BlockPartition.equal_information(([80.0, 2.0, 0.5, 0.002], [1.0, 2.0, 1.0]), 2, 6).edges

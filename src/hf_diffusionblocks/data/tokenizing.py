@@ -90,8 +90,8 @@ def load_tokenizer(
         name_or_path: of ``AutoTokenizer.from_pretrained``; None trains one; a tokenizer is returned as it is.
         texts: to train on. Give the training split only, ``load_documents(..., split="train")["text"]``: a
             vocabulary fitted to held-out text flatters the model.
-        kind: see :func:`train_tokenizer`.
-        vocab_size: see :func:`train_tokenizer`.
+        kind: see ``train_tokenizer``.
+        vocab_size: see ``train_tokenizer``.
         **from_pretrained_kwargs: such as ``revision``, ``token``.
 
     Raises:

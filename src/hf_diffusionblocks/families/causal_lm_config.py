@@ -45,7 +45,7 @@ _MEND = "Models built like Llama, Mistral, Qwen2 and Qwen3 can be cut."
 
 
 class BlockedCausalLMConfig(DiffusionBlocksConfig):
-    """Config of :class:`BlockedForCausalLM`: :class:`DiffusionBlocksConfig` and
+    """Config of ``BlockedForCausalLM``: ``DiffusionBlocksConfig`` and
 
     Args:
         base_config: the config of a transformers decoder as a dict, with its ``model_type``.

@@ -111,7 +111,7 @@ def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallMod
 
 
 def advice_values(cost: TrainingCompute, small: SmallModel) -> Mapping[str, Any]:
-    """The figures behind :func:`advice`, JSON-ready."""
+    """The figures behind ``advice``, JSON-ready."""
     return {
         "flops_per_update_of_every_block": cost.flops,
         "flops_per_end_to_end_update": cost.end_to_end,

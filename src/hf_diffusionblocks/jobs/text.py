@@ -125,7 +125,7 @@ def train(
     report: bool = True,
     say: Say = print,
 ) -> Path:
-    """``diffusionblocks train``; see :func:`hf_diffusionblocks.jobs.train`."""
+    """``diffusionblocks train``; see ``hf_diffusionblocks.jobs.train``."""
     tokenizer = make_tokenizer(recipe)
     train_data, test_data = load_data(recipe, tokenizer)
     recipe = resolve_method(recipe, recipe.model.get("vocab_size") or tokenizer_size(tokenizer), len(train_data))
@@ -300,7 +300,7 @@ def sample_text(
         stream: print tokens as they come; otherwise each text at its end.
         block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
         say: prints.
-        **settings: fields of :class:`~hf_diffusionblocks.recipes.sections.TextSampling` that are not None.
+        **settings: fields of ``TextSampling`` that are not None.
 
     Returns:
         The texts, prompts included.
@@ -324,7 +324,7 @@ def sample_text(
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
-    """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
+    """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
     model, tokenizer = load_model(model_dir)
     test_data = load_held_out(recipe, tokenizer)

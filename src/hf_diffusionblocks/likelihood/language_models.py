@@ -3,10 +3,10 @@
 A blocked language model has two figures:
 
 ``blocks``
-    block b's D on its own range of noise levels, as :meth:`BlockedForCausalLM.denoise` and generation along the noise
+    block b's D on its own range of noise levels, as ``BlockedForCausalLM.denoise`` and generation along the noise
     grid use it.
 ``language_model``
-    f of the next token's logits (:meth:`BlockedForCausalLM.forward`) at every noise level, ``readout="clean"`` only.
+    f of the next token's logits (``BlockedForCausalLM.forward``) at every noise level, ``readout="clean"`` only.
     No bound is needed: the figure is ``-log softmax(f)``. In a cascade its split says in which range the last block's
     knowledge is asked for, not what each block's layers add.
 
@@ -77,7 +77,7 @@ def likelihood_bound(
         estimator: ``edges``, ``controlled`` or ``integral``, see the module; by default ``edges`` for
             ``readout="clean"``, else ``controlled``.
         num_draws: noise levels per token and block; 2 at least for an error of the noise alone.
-        sampling: ``importance`` or ``log_uniform``, see :mod:`~hf_diffusionblocks.likelihood.bound`.
+        sampling: ``importance`` or ``log_uniform``, see ``bound``.
         max_rows: use the first so many rows only.
         batch_size: rows per forward pass.
         seed: of noise levels and noise.
@@ -125,12 +125,12 @@ def language_model_likelihood(
 ) -> Likelihood:
     """Negative log-likelihood of the next token's logits: blocked models and any causal language model alike.
 
-    For a blocked model it is the cross-entropy at sigma_max. Rows and targets are those of :func:`likelihood_bound`,
+    For a blocked model it is the cross-entropy at sigma_max. Rows and targets are those of ``likelihood_bound``,
     so the figures compare.
 
     Args:
         model: blocked, or any of transformers' with ``logits`` over the same tokens.
-        dataset: as in :func:`likelihood_bound`.
+        dataset: as in ``likelihood_bound``.
         max_rows: use the first so many rows only.
         batch_size: rows per forward pass.
         characters_per_token: for bits per character; by default what the data set says.

@@ -15,12 +15,12 @@ from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_los
 def default_objective(
     config: DiffusionBlocksConfig, gradient: str = "local", **settings: Any
 ) -> DenoisingScoreMatching | NextTokenPrediction | TruncatedBackpropagation:
-    """The objective of a family: :class:`NextTokenPrediction` for language models, else denoising score matching.
+    """The objective of a family: ``NextTokenPrediction`` for language models, else denoising score matching.
 
     Args:
         config: the model's.
         gradient: ``exact`` for the last block's loss with its exact gradient in each block
-            (:class:`ExactNextTokenPrediction`); with one block, its own loss is just that.
+            (``ExactNextTokenPrediction``); with one block, its own loss is just that.
         **settings: of the objective; those that it does not know are left out if they are not set.
     """
     kind = NextTokenPrediction if isinstance(config, BlockedCausalLMConfig) else DenoisingScoreMatching

@@ -75,7 +75,7 @@ class ExactNextTokenPrediction(NextTokenPrediction):
         Args:
             model: the model, with all blocks loaded.
             block: which block trains.
-            batch: as :class:`NextTokenPrediction`'s, without ``hidden_states``.
+            batch: as ``NextTokenPrediction``'s, without ``hidden_states``.
             generator: unused.
         """
         labels = next_tokens(batch)

@@ -203,7 +203,7 @@ class NextTokenPrediction:
     ) -> HeldOutLoss:
         """Cross-entropy on held-out rows, nats per token: of the language model, and of each block.
 
-        ``total`` is that of the model's own logits (:meth:`BlockedForCausalLM.forward`): a cascade's last block, else
+        ``total`` is that of the model's own logits (``BlockedForCausalLM.forward``): a cascade's last block, else
         block 0. ``per_range`` is each block's own loss: with its auxiliary layers (``clean``), or at noise levels drawn
         from its range (``exact``, ``edm``), which ranks nothing across models, because low noise is free.
 

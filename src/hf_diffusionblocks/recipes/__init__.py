@@ -27,7 +27,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe.
-        family: a name in :data:`~hf_diffusionblocks.recipes.families.FAMILIES`, such as ``dit`` or ``causal_lm``.
+        family: a name in ``FAMILIES``, such as ``dit`` or ``causal_lm``.
         method: ``blocked``; or a baseline: ``end_to_end`` (all L layers at once) or ``shallow`` (L / B layers).
         match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or as many as cost the same.
         layers: number of layers of a shallow baseline; by default L / B, rounded up.
@@ -79,7 +79,7 @@ class Recipe:
     def build_model(
         self, blocks: Sequence[int] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> BlockedPreTrainedModel:
-        """A new model, or the converted ``model.base``; see :meth:`config`.
+        """A new model, or the converted ``model.base``; see ``config``.
 
         Args:
             blocks: hold these blocks only; a base is loaded whole and the others are dropped.
@@ -176,7 +176,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """A checked recipe from plain values; see :func:`load_recipe`."""
+    """A checked recipe from plain values; see ``load_recipe``."""
     if not isinstance(values, dict):
         raise ValueError(f"a recipe holds sections such as data and training, not {values!r:.60}.")
     values = copy.deepcopy(values)

@@ -63,7 +63,7 @@ class Family:
         block_fields: keys of the section ``blocks``.
         layers_key: the base's number of layers, a key of the section ``model``.
         model_keys: gives the keys that the section ``model`` may have.
-        job: the module of :mod:`hf_diffusionblocks.jobs` with what its commands do.
+        job: the module of ``hf_diffusionblocks.jobs`` with what its commands do.
         has_text: whether its data are text, and its vocabulary that of a tokenizer.
         bases: how the class names of its bases end, as their ``config.json`` names them.
         plain: settings of the section ``blocks`` under which one block is the ordinary network; None for those of the

@@ -16,7 +16,7 @@ TRAINED_TOKENIZERS = ("character", "byte", "bpe")
 
 @dataclass
 class ImageData:
-    """Where images come from; see :func:`hf_diffusionblocks.data.load_image_dataset`."""
+    """Where images come from; see ``hf_diffusionblocks.data.load_image_dataset``."""
 
     name: str = "digits"
     train_split: str = "train"
@@ -40,7 +40,7 @@ class ImageData:
 
 @dataclass
 class TextData:
-    """Where text comes from and how it becomes rows; see :func:`hf_diffusionblocks.data.load_text_dataset`.
+    """Where text comes from and how it becomes rows; see ``hf_diffusionblocks.data.load_text_dataset``.
 
     Attributes:
         name: of the source: ``pydoc``, a file, directory, pattern or list of files, or a data set's id. A recipe
@@ -115,7 +115,7 @@ class TextSampling:
         temperature, top_k, top_p: as in transformers; act on f.
         mode: ``decode``, from f as any language model; or ``denoise``, along the noise grid.
         steps: noise levels per token (``denoise``); one per block by default.
-        grid, bridge: see :class:`~hf_diffusionblocks.generation.DenoisingConfig`.
+        grid, bridge: see ``DenoisingConfig``.
     """
 
     prompts: list[str] = field(default_factory=lambda: ["The "])
