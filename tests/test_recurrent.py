@@ -28,6 +28,7 @@ from hf_diffusionblocks.evaluation.text import recurrent_options
 from hf_diffusionblocks.families.recurrent_block import Places, RecurrentBlock
 from hf_diffusionblocks.likelihood import language_model_likelihood, likelihood_bound
 from hf_diffusionblocks.memory import measure_memory
+from hf_diffusionblocks.modeling import enable_checkpointing
 from hf_diffusionblocks.objectives import RecurrentDenoising, TruncatedBackpropagation, default_objective
 from hf_diffusionblocks.objectives.recurrent import draw_recurrences
 from hf_diffusionblocks.recipes import load_recipe
@@ -402,3 +403,36 @@ def test_the_papers_setting_stands_in_its_recipe():
     assert recipe.training_arguments().num_train_epochs == 15
     with pytest.raises(ValueError, match="recurrent model's walk has grid='equal_probability'"):
         recurrent_options(replace(recipe.sampling, grid="karras"))
+
+
+# -- precision and attention -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+def test_checkpointing_and_eager_attention_change_nothing(readout):
+    batch, results = {"input_ids": tokens()}, []
+    for attention, checkpointing in (("sdpa", False), ("sdpa", True), ("eager", False)):
+        model = BlockedRecurrentForCausalLM.from_base(base_lm(attention=attention), readout=readout, backprop_depth=2)
+        model = perturbed(model, 0.1, 0).train()
+        assert model.config._attn_implementation == attention
+        if checkpointing:
+            enable_checkpointing(model)
+        objective = TruncatedBackpropagation(4) if readout == "clean" else RecurrentDenoising()
+        objective(model, 0, batch, torch.Generator().manual_seed(0)).loss.backward()
+        logits = model.eval()(tokens(), num_recurrences=3, **LAYOUTS["padded"]).logits[:, PADDED:]
+        results.append((logits.detach(), *(p.grad for p in model.parameters())))
+    for other in results[1:]:
+        for found, wanted in zip(other, results[0], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("readout", READOUTS)
+@torch.no_grad()
+def test_weights_in_bfloat16_give_nearly_the_same_model(readout):
+    model = model_of(readout)
+    half = BlockedRecurrentForCausalLM(model.config)
+    half.load_state_dict(model.state_dict())
+    half = half.to(torch.bfloat16).eval()
+    found, wanted = (m(tokens(), num_recurrences=1).logits.float().softmax(-1) for m in (half, model))
+    assert (found - wanted).abs().sum(-1).mean() < 0.1
+    assert half.generate(tokens(), num_recurrences=3, max_new_tokens=3, min_new_tokens=3).shape == (2, LENGTH + 3)
