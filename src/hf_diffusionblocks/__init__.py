@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .families.dit import BlockedDiTConfig, BlockedDiTModel
     from .families.image_classification import BlockedForImageClassification, BlockedImageClassificationConfig
     from .families.masked_lm import BlockedForMaskedLM, BlockedMaskedLMConfig
+    from .families.recurrent import BlockedRecurrentConfig, BlockedRecurrentForCausalLM
     from .generation import denoising_generate
     from .masked_generation import unmask
     from .memory import plan_memory
@@ -43,6 +44,8 @@ _MODULES = {
     "BlockedImageClassificationConfig": "families.image_classification",
     "BlockedForMaskedLM": "families.masked_lm",
     "BlockedMaskedLMConfig": "families.masked_lm",
+    "BlockedRecurrentConfig": "families.recurrent",
+    "BlockedRecurrentForCausalLM": "families.recurrent",
     "DenoisingScoreMatching": "objectives",
     "DiffusionBlocksTrainer": "training",
     "DiffusionBlocksTrainingArguments": "training",
@@ -68,6 +71,8 @@ __all__ = [
     "BlockedImageClassificationConfig",
     "BlockedForMaskedLM",
     "BlockedMaskedLMConfig",
+    "BlockedRecurrentConfig",
+    "BlockedRecurrentForCausalLM",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",

@@ -163,7 +163,7 @@ def _whole(config: DiffusionBlocksConfig, batch_size: int, checkpointing: bool, 
 
     A layer's products depend on its sizes alone, which are those of every other layer.
     """
-    if config.num_layers <= 2:
+    if config.num_layers <= 2 or getattr(config, "indivisible", False):
         return _count(config, batch_size, checkpointing, batch_settings)[0][0]
     cuts = [
         recut(config, num_blocks=2, layers_per_block=[n, config.num_layers - n], partition="equal_probability")

@@ -23,7 +23,6 @@ from .memory_alternatives import WHOLE, Alternatives, compare, human
 from .memory_counting import KINDS, MemoryUse, measure_memory, measure_step
 from .memory_fake_steps import FakeStep, recut, resident
 from .modeling import BlockedPreTrainedModel
-from .objectives import default_objective
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS, OPTIMIZERS
 from .training.block_trainer import Objective
@@ -204,7 +203,6 @@ def plan_memory(
     device = _device(device)
     config = given if num_blocks in (None, given.num_blocks) else recut(given, num_blocks=num_blocks)
     plain = end_to_end_config(config)
-    objective = objective or default_objective(config)
     step = FakeStep(make, batch_size, dtype, mixed_precision, objective, device, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
     blocks = range(config.num_blocks)

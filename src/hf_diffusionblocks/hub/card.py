@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import serialization
 from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..families.masked_lm_config import BlockedMaskedLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 
 PAPER = "https://arxiv.org/abs/2506.14202"
@@ -127,6 +128,15 @@ def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
         )
     kind = config.base_config["model_type"]
     made = f"{base_model or f'A pretrained {kind} model'}" if config.pretrained else f"A {kind} language model"
+    if isinstance(config, BlockedRecurrentConfig):
+        parts = f"{len(config.prelude)} prelude, {len(config.core)} core and {len(config.coda)} coda layers"
+        how = (
+            "as one denoiser for all noise levels, in one pass at a random one"
+            if config.two_stream
+            else f"unrolled, {config.mean_recurrences + 1} recurrences on average, with the gradient through the last "
+            f"{config.backprop_depth}"
+        )
+        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library of {source}."
     if count == 1:
         return f"{made} in one block, trained end to end with the library of {source}."
     how = "trained block by block with the cross-entropy of the next token"

@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from ..data import load_documents, load_text_dataset, load_tokenizer
 from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size, with_mask_token
 from ..families.causal_lm import BlockedForCausalLM
-from ..modeling import BlockedPreTrainedModel
 from ..recipes import Recipe
-from ..recipes.families import BYTES
+from ..recipes.families import BYTES, FAMILIES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
 from ..training.parallel import my_blocks
 from ..training.residency import construction
-from .common import loading, pick_device
+from .common import family_of, loading, pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
 STREAM_DOCUMENTS = 20_000
@@ -228,21 +227,19 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             os.replace(path, directory / path.name)
 
 
-def load_model(
-    model_dir: str, block_streaming: str | None = None, kind: type[BlockedPreTrainedModel] = BlockedForCausalLM
-) -> tuple[Any, PreTrainedTokenizerBase]:
+def load_model(model_dir: str, block_streaming: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A saved blocked language model and its tokenizer.
 
     Args:
         model_dir: directory or Hub id.
         block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
-        kind: the model's class.
 
     Raises:
         ValueError: if one of them cannot be loaded, or they do not fit each other.
     """
     tokenizer = load_tokenizer(model_dir)
     with loading(block_streaming):
-        model = kind.from_pretrained(model_dir)
+        kind = FAMILIES[family_of(model_dir)]
+        model = (kind.model_class if kind.has_text else BlockedForCausalLM).from_pretrained(model_dir)
     check_tokenizer(tokenizer, model.config.vocab_size)
     return model.to(pick_device()).eval(), tokenizer

@@ -254,13 +254,15 @@ def noisy_targets(
     table: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = e_k + sigma eps`` for the tokens that each position predicts, sigma per token from the block's range.
+    """``z = e_k + sigma eps`` for the tokens that each position predicts, sigma from the block's range: per token, or
+    per row where the config says ``noise_per="row"``.
 
     Returns:
         z [batch, tokens, width] and sigma [batch, tokens]; positions without a label get noise alone.
     """
-    sigma = model.partition.sample(block, labels.numel(), generator).to(labels.device, torch.float32)
-    sigma = sigma.view(labels.shape)
+    drawn = labels if getattr(model.config, "noise_per", "token") == "token" else labels[:, :1]
+    sigma = model.partition.sample(block, drawn.numel(), generator).to(labels.device, torch.float32)
+    sigma = sigma.view(drawn.shape).expand(labels.shape)
     y = table[labels.clamp_min(0)] * (labels != IGNORED)[..., None]
     noise = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, non_blocking=True)
     return y + sigma[..., None] * noise, sigma

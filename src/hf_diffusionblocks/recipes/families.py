@@ -8,10 +8,11 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
-from ..families import causal_lm_config, dit, masked_lm_config
+from ..families import causal_lm_config, dit, masked_lm_config, recurrent_config
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
 from ..families.masked_lm import BlockedForMaskedLM
+from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from .sections import (
@@ -104,6 +105,7 @@ class Family:
 
 
 _OF_A_RUN = {"pretrained", "trained_blocks"}
+_OF_SEVERAL_BLOCKS = {"context", "auxiliary_layers", "initialization", "layers_per_block", "edges", "partition"}
 
 FAMILIES = {
     "dit": Family(
@@ -148,6 +150,21 @@ FAMILIES = {
         counts_compute=True,
         hides_tokens=True,
         example="pydoc-md4",
+    ),
+    "recurrent": Family(
+        TextData,
+        TextSampling,
+        TextEvaluation,
+        BlockedRecurrentForCausalLM,
+        recurrent_config.config_fields() - _OF_A_RUN - _OF_SEVERAL_BLOCKS | {"preset"},
+        "num_hidden_layers",
+        transformers_keys,
+        "text",
+        has_text=True,
+        plain={"readout": "clean"},
+        kept=frozenset(recurrent_config.BlockedRecurrentConfig.__annotations__) - {"readout", "context", "noise_per"},
+        counts_compute=True,
+        example="pydoc-recurrent",
     ),
 }
 
