@@ -180,9 +180,10 @@ def check_base_settings(base_config: Mapping[str, Any]) -> None:
             raise ValueError(unknown_name(f"{model_type} setting", name, known))
 
 
-def fields_of(kind: type[CategoricalConfig]) -> frozenset[str]:
+def fields_of(kind: type[DiffusionBlocksConfig]) -> frozenset[str]:
     """Settings of a family's config besides its base and number of blocks."""
-    fields = {name for cls in (kind, CategoricalConfig, DiffusionBlocksConfig) for name in cls.__annotations__}
+    ours = [cls for cls in kind.__mro__ if issubclass(cls, DiffusionBlocksConfig)]
+    fields = {name for cls in ours for name in vars(cls).get("__annotations__", ())}
     return frozenset(fields - {"base_config", "num_blocks"})
 
 
