@@ -24,8 +24,8 @@ def test_every_recipe_loads(name):
 def test_the_recipes_that_come_with_the_package():
     images = {"digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"}
     text = {"pydoc-llama", "austen-llama", "lm1b-llama", "openwebtext-llama", "smollm2-finetune"}
-    recurrent = {"pydoc-recurrent", "lm1b-huginn"}
-    assert set(recipe_names()) == images | text | recurrent
+    masked, recurrent = {"pydoc-md4", "text8-md4"}, {"pydoc-recurrent", "lm1b-huginn"}
+    assert set(recipe_names()) == images | text | masked | recurrent
     assert {name for name in recipe_names() if load_recipe(name).family == "causal_lm"} == text
 
 

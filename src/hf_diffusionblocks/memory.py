@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
-from .families.causal_lm_config import BlockedCausalLMConfig
+from .families.categorical_config import PLAIN, CategoricalConfig
 from .families.loading import blocked_config_of
 from .memory_alternatives import WHOLE, Alternatives, compare, human
 from .memory_counting import KINDS, MemoryUse, measure_memory, measure_step
@@ -259,10 +259,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def end_to_end_config(config: DiffusionBlocksConfig) -> DiffusionBlocksConfig:
-    """The config of the same layers in one block; of a language model, an ordinary one."""
+    """The config of the same layers in one block; of a language model or classifier, an ordinary one."""
     plain: dict[str, Any] = {"num_blocks": 1, "partition": "equal_probability"}
-    if isinstance(config, BlockedCausalLMConfig):
-        plain |= {"readout": "clean", "context": "independent", "auxiliary_layers": 0}
+    if isinstance(config, CategoricalConfig):
+        plain |= PLAIN
     return recut(config, **plain)
 
 

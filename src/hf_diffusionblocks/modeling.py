@@ -409,7 +409,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
 def format_block_parameters(model: BlockedPreTrainedModel) -> str:
     """The table that ``BlockedPreTrainedModel.print_block_parameters`` prints."""
     total = sum(p.numel() for p in model.parameters())
-    lines = [f"{'block':<8}{'layers':<12}{'sigma':<24}{'params':>14}{'share %':>10}"]
+    lines = [f"{'block':<8}{'layers':<12}{model.partition.noise.symbol:<24}{'params':>14}{'share %':>10}"]
     for block in model.resident_blocks:
         layers, (low, high) = model.partition.layers(block), model.partition.range(block)
         count = sum(p.numel() for _, p in model.block_parameters(block))

@@ -15,8 +15,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .masking import MaskNoise
 from .noise import LogNormalNoise
 
+# A distribution of noise levels: of sigma, or of the mask rate of masked diffusion.
+Noise = LogNormalNoise | MaskNoise
 # Relative slack for noise levels that a float32 computation (a scheduler's grid, say) put a rounding error outside.
 _RANGE_TOLERANCE = 1e-5
 # A level that a rounding error put below an edge (a float32 grid, another order of operations) still sits on it.
@@ -95,7 +98,7 @@ class BlockPartition:
 
     edges: tuple[float | int, ...]
     layers_per_block: tuple[int, ...]
-    noise: LogNormalNoise = field(default_factory=LogNormalNoise)
+    noise: Noise = field(default_factory=LogNormalNoise)
     overlap: float | int = 0.05
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class BlockPartition:
         cls,
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -162,7 +165,7 @@ class BlockPartition:
         cls,
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -182,7 +185,7 @@ class BlockPartition:
         cls,
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -201,7 +204,7 @@ class BlockPartition:
         cls,
         edges: Sequence[float | int],
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -232,7 +235,7 @@ class BlockPartition:
         information: InformationProfile | tuple[Sequence[float | int], Sequence[float | int]],
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -309,10 +312,7 @@ class BlockPartition:
         """
         self.check_block(block)
         high, low = self.edges[block], self.edges[block + 1]
-        if not training:
-            return low, high
-        alpha = (high / low) ** self.overlap
-        return max(low / alpha, self.noise.sigma_min), min(high * alpha, self.noise.sigma_max)
+        return self.noise.widened(low, high, self.overlap) if training else (low, high)
 
     def block_of(self, sigma: Float[Tensor, "..."] | float | int) -> Int64[Tensor, "..."] | int:
         """The block that owns each noise level; on an inner edge the noisier one.
@@ -399,7 +399,7 @@ def balanced_layers(num_layers: int, extra: Sequence[int]) -> tuple[int, ...] | 
     return layers if min(layers) > 0 else None
 
 
-def _with_ends(inner: Tensor, noise: LogNormalNoise) -> tuple[float, ...]:
+def _with_ends(inner: Tensor, noise: Noise) -> tuple[float, ...]:
     return (noise.sigma_max, *inner.tolist(), noise.sigma_min)
 
 

@@ -8,7 +8,7 @@ a random sigma takes the place of the unrolled ones. It is one block, B = 1, tha
 Nothing leaks: position i's state is a noisy version of token i + 1, and it sees the states of positions j <= i only,
 which are versions of the tokens up to i, and its own.
 
-``readout="edm"`` and ``"exact"`` are those of :mod:`.causal_lm`. ``readout="clean"`` has no noisy target: the state is
+``readout="edm"`` and ``"exact"`` are those of ``causal_lm``. ``readout="clean"`` has no noisy target: the state is
 Huginn's own and is unrolled. So one class holds both, and the same trainer runs them.
 """
 
@@ -78,7 +78,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         walking: Tensor | None = None,
         documents_of: Int[Tensor, "rows columns"] | None = None,
     ) -> Places:
-        """Where tokens stand and whom they see, see :class:`Places`; by default in the next columns, none walking.
+        """Where tokens stand and whom they see, see ``Places``; by default in the next columns, none walking.
 
         Args:
             hidden: of the right device and dtype.
@@ -196,9 +196,9 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
     def language_hidden(
         self, hidden: Tensor, block: int | None, cache: Cache | None, *, keep: int = 0, **kwargs: Any
     ) -> Float[Tensor, "batch tokens width"]:
-        """Features of the next token's logits, before :meth:`language_head`: a denoiser's at sigma_max, else unrolled.
+        """Features of the next token's logits, before ``language_head``: a denoiser's at sigma_max, else unrolled.
 
-        Of the last ``keep`` tokens, 0 for all; the other arguments are those of :meth:`forward`.
+        Of the last ``keep`` tokens, 0 for all; the other arguments are those of ``forward``.
         """
         return self.language_pairs(hidden, cache, keep=keep, **kwargs | {"num_recurrences": None})[0][0]
 
@@ -251,7 +251,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
             past_key_values: cache, of one number of recurrences.
             inputs_embeds: in place of ``input_ids``.
             labels: -100 is ignored; shifted inside.
-            use_cache: as in :meth:`BlockedForCausalLM.forward`.
+            use_cache: as in ``BlockedForCausalLM.forward``.
             logits_to_keep: only the last so many positions; 0 for all.
             num_recurrences: how often the core runs, any number of at least 1; by default as the config says.
             noise_seed: of the states' noise, which then differs from row to row; None for one fixed draw.

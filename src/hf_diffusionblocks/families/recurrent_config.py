@@ -19,13 +19,13 @@ PRESETS = {
 
 
 class BlockedRecurrentConfig(BlockedCausalLMConfig):
-    """Config of :class:`BlockedRecurrentForCausalLM`: a prelude, a core that is run again and again, a coda.
+    """Config of ``BlockedRecurrentForCausalLM``: a prelude, a core that is run again and again, a coda.
 
     Of the base's L layers the first ``prelude_layers`` are the prelude, the last ``coda_layers`` the coda, and those
     between them the core.
 
     Args:
-        base_config: as in :class:`BlockedCausalLMConfig`.
+        base_config: as in ``BlockedCausalLMConfig``.
         readout: ``exact`` or ``edm``: the core is a denoiser, trained by one pass at a random noise level.
             ``clean``: there is no noisy target; the state is unrolled, as in Huginn (arXiv 2502.05171).
         prelude_layers: a quarter of the layers by default.

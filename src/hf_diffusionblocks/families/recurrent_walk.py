@@ -115,7 +115,7 @@ def walk(
         keep: logits of the last so many tokens; 0 for all of the new ones.
         cache: of the columns before, to which the new ones are added.
         attention_mask: of all columns, 0 at padding.
-        seed: of the noise, see :func:`fixed_noise`.
+        seed: of the noise, see ``fixed_noise``.
     """
     held = None if cache is None else RecurrentCache(model, cache, recurrences)
     module, width, new = model.block(0), hidden.shape[-1], hidden.shape[1]
@@ -187,7 +187,7 @@ def unrolled(
         recurrences: how often the core runs.
         cache: of the columns before, to which the new ones are added.
         attention_mask: of all columns, 0 at padding.
-        seed: of the states at the start, see :func:`fixed_noise`.
+        seed: of the states at the start, see ``fixed_noise``.
     """
     held = None if cache is None else RecurrentCache(model, cache, recurrences)
     module = model.block(0)

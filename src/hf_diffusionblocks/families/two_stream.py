@@ -173,7 +173,7 @@ def modulated_layer(
     """A layer of the base, modulated by noise levels: one per token, or one per row.
 
     Args:
-        layer: as in :func:`noisy_layer`.
+        layer: as in ``noisy_layer``.
         hidden: its input.
         modulation: gives shift, scale and gate of attention and MLP.
         embedded: the noise levels.

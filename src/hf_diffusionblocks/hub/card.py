@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import serialization
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.masked_lm_config import BlockedMaskedLMConfig
 from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 
@@ -113,6 +114,13 @@ def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     config, count = model.config, model.partition.num_blocks
     source = "(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
     blocks = f"{count} blocks" if count > 1 else "one block"
+    if isinstance(config, BlockedMaskedLMConfig):
+        made = base_model or f"A {config.base_config['model_type']} network"
+        return (
+            f"{made} that reads both sides, cut into {blocks} and trained block by block by masked diffusion {source}. "
+            "Each block knows rows of its own range of mask rates, block 0 those with most tokens hidden; sampling "
+            "reveals tokens step by step and runs one block per step."
+        )
     if not isinstance(config, BlockedCausalLMConfig):
         return (
             f"A {type(model).__name__} cut into {blocks} and trained block by block with denoising score matching "
@@ -154,6 +162,12 @@ def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
 def _settings(model: BlockedPreTrainedModel) -> str:
     config = model.config
     edges = ", ".join(f"{edge:.6g}" for edge in model.partition.edges)
+    if isinstance(config, BlockedMaskedLMConfig):
+        told = "are told" if config.time_conditioning else "are not told"
+        return (
+            f"Edges (mask rates, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}. "
+            f"Schedule: {config.schedule}. The layers {told} the mask rate. Mask token: {config.mask_token_id}."
+        )
     text = f"Edges (noise levels, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}, "
     text += f"preconditioning {config.preconditioning}."
     if isinstance(config, BlockedCausalLMConfig):

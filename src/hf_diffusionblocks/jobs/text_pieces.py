@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data import load_documents, load_text_dataset, load_tokenizer
-from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size
+from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size, with_mask_token
 from ..families.causal_lm import BlockedForCausalLM
 from ..recipes import Recipe
 from ..recipes.families import BYTES, FAMILIES
@@ -45,7 +45,15 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split."""
+    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split.
+
+    Of a new model whose tokens are hidden it gets a mask token; a pretrained base knows its own tokens only.
+    """
+    tokenizer = _make_tokenizer(recipe)
+    return with_mask_token(tokenizer) if recipe.kind.hides_tokens and "base" not in recipe.model else tokenizer
+
+
+def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     data = recipe.data
     if data.tokenizer is None and "base" in recipe.model:
         return load_tokenizer(recipe.model["base"])
@@ -96,15 +104,15 @@ def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, *
 
 def planned_vocabulary(recipe: Recipe) -> int | None:
     """The vocabulary's size without loading more than a plan needs; None if the recipe's model or base has its own."""
-    data = recipe.data
+    data, mask = recipe.data, int(recipe.kind.hides_tokens)
     if "base" in recipe.model or "vocab_size" in recipe.model:
         return None
     if data.tokenizer == "byte":
-        return BYTES
+        return BYTES + mask
     if data.tokenizer == "bpe":
-        return data.vocab_size
+        return data.vocab_size + mask
     if data.tokenizer in (None, "character") and data.name is None:
-        return BYTES
+        return BYTES + mask
     return tokenizer_size(make_tokenizer(recipe))
 
 
@@ -134,7 +142,7 @@ def build_trainer(
     """
     args = recipe.training_arguments()
     config = recipe.config(tokenizer=tokenizer)
-    cascade = config.context == "cascade" and config.num_blocks > 1
+    cascade = getattr(config, "context", "independent") == "cascade" and config.num_blocks > 1
     if lower is not None and (blocks is None or not cascade or min(blocks) == 0):
         raise ValueError(
             f"--lower {lower} gives a cascade's job the trained blocks below its own: name a block above 0 with "
@@ -219,9 +227,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             os.replace(path, directory / path.name)
 
 
-def load_model(
-    model_dir: str, block_streaming: str | None = None
-) -> tuple[BlockedForCausalLM, PreTrainedTokenizerBase]:
+def load_model(model_dir: str, block_streaming: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A saved blocked language model and its tokenizer.
 
     Args:

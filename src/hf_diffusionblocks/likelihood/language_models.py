@@ -111,7 +111,7 @@ def likelihood_bound(
         exact=estimator == "edges" and (denoiser == "language_model" or model.config.num_blocks == 1),
         denoiser=denoiser,
         estimator=estimator,
-        characters_per_token=_characters_per_token(dataset, characters_per_token),
+        characters_per_token=known_characters_per_token(dataset, characters_per_token),
     )
 
 
@@ -149,7 +149,7 @@ def language_model_likelihood(
         nats_per_token=float(sums.mean(0)),
         standard_error=float(sums.standard_error(0)),
         num_tokens=sums.num_tokens,
-        characters_per_token=_characters_per_token(dataset, characters_per_token),
+        characters_per_token=known_characters_per_token(dataset, characters_per_token),
     )
 
 
@@ -269,7 +269,8 @@ def _check_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         )
 
 
-def _characters_per_token(dataset: Any, given: float | int | None) -> float | None:
+def known_characters_per_token(dataset: Any, given: float | int | None) -> float | None:
+    """Characters per token: as given, or what the data set says; None if neither does."""
     if given is None:
         return getattr(dataset, "characters_per_token", None)
     if not given > 0:

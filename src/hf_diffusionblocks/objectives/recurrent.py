@@ -7,7 +7,7 @@ the last k = 8 recurrences only::
     s_i = core(A [x, s_{i-1}]),   loss = CE(coda(s_r), next token)
 
 DiffusionBlocks (arXiv 2506.14202) replaces the r recurrences by one: the state is the target with noise,
-``z = y + sigma eps``, and the loss is the cross-entropy of the target given z, as in :mod:`.next_token`.
+``z = y + sigma eps``, and the loss is the cross-entropy of the target given z, as in ``next_token``.
 
 In layer passes (forward 1, backward 2) with prelude, core and coda of 2, 4 and 2 layers and r = 33: 25 * 4 +
 3 * (8 * 4 + 4) = 208 against 3 * 8 = 24 for an update, a ratio of 8.7; runs of the core alone are 33 to 1.
@@ -32,7 +32,7 @@ from .result import ObjectiveResult
 class RecurrentDenoising(NextTokenPrediction):
     """Cross-entropy of the next token given its noisy embedding as the state, in one pass through the core.
 
-    Args: as :class:`NextTokenPrediction`.
+    Args: as ``NextTokenPrediction``.
     """
 
     def __call__(
@@ -42,7 +42,7 @@ class RecurrentDenoising(NextTokenPrediction):
         batch: dict[str, Tensor],
         generator: torch.Generator | None = None,
     ) -> ObjectiveResult:
-        """Loss on one batch, in nats per token; the arguments are those of :class:`NextTokenPrediction`.
+        """Loss on one batch, in nats per token; the arguments are those of ``NextTokenPrediction``.
 
         Raises:
             ValueError: for a model without noisy targets.
@@ -118,7 +118,7 @@ class TruncatedBackpropagation:
 
     def held_out(self, model: BlockedRecurrentForCausalLM, dataset: Any, **settings: Any) -> Any:
         """Cross-entropy on held-out rows after the config's number of recurrences; see
-        :meth:`NextTokenPrediction.held_out`."""
+        ``NextTokenPrediction.held_out``."""
         return NextTokenPrediction().held_out(model, dataset, **settings)
 
 

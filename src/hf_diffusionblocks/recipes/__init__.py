@@ -14,8 +14,8 @@ from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
-from .families import FAMILIES, Family, check_text_recipe, language_model_base, language_model_config
-from .sections import ImageData, ImageEvaluation, ImageSampling, TextData, TextEvaluation, TextSampling
+from .families import FAMILIES, Family, check_text_recipe, language_model_config
+from .sections import ImageData, ImageEvaluation, ImageSampling, MaskedSampling, TextData, TextEvaluation, TextSampling
 
 METHODS = ("blocked", "end_to_end", "shallow")
 MATCHES = ("updates", "compute")
@@ -46,7 +46,7 @@ class Recipe:
     blocks: dict[str, Any] = field(default_factory=dict)
     data: ImageData | TextData = field(default_factory=ImageData)
     training: dict[str, Any] = field(default_factory=dict)
-    sampling: ImageSampling | TextSampling = field(default_factory=ImageSampling)
+    sampling: ImageSampling | TextSampling | MaskedSampling = field(default_factory=ImageSampling)
     evaluation: ImageEvaluation | TextEvaluation = field(default_factory=ImageEvaluation)
 
     @property
@@ -94,10 +94,7 @@ class Recipe:
                 for block in set(model.resident_blocks) - set(blocks):
                     del model.blocks[str(block)]
             return model
-        if self.kind.has_text:
-            config = kind.config_from(language_model_base(self.model, tokenizer=tokenizer), **self.blocks)
-            return kind(config, blocks=blocks)
-        return kind(self.config(), blocks=blocks)
+        return kind(self.config(tokenizer=tokenizer), blocks=blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a YAML file."""

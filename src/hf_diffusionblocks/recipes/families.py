@@ -8,9 +8,10 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
-from ..families import causal_lm_config, dit, recurrent_config
+from ..families import causal_lm_config, dit, masked_lm_config, recurrent_config
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
+from ..families.masked_lm import BlockedForMaskedLM
 from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
@@ -19,6 +20,7 @@ from .sections import (
     ImageData,
     ImageEvaluation,
     ImageSampling,
+    MaskedSampling,
     TextData,
     TextEvaluation,
     TextSampling,
@@ -68,9 +70,10 @@ class Family:
         bases: how the class names of its bases end, as their ``config.json`` names them.
         plain: settings of the section ``blocks`` under which one block is the ordinary network; None for those of the
             blocked run.
-        kept: settings of the section ``blocks`` that an ordinary network has too.
+        kept: settings of the section ``blocks`` that the ordinary network has too, where ``plain`` is given.
         counts_compute: whether an update of all blocks may cost more than an end-to-end one, so that baselines of
             equal compute need it counted.
+        hides_tokens: whether its tokenizer needs a mask token.
         example: the name of one of its recipes.
     """
 
@@ -87,6 +90,7 @@ class Family:
     plain: dict[str, Any] | None = None
     kept: frozenset[str] = frozenset()
     counts_compute: bool = False
+    hides_tokens: bool = False
     example: str = ""
 
     @property
@@ -129,6 +133,23 @@ FAMILIES = {
         plain={"readout": "clean", "context": "independent", "auxiliary_layers": 0},
         counts_compute=True,
         example="pydoc-llama",
+    ),
+    "masked_lm": Family(
+        TextData,
+        MaskedSampling,
+        TextEvaluation,
+        BlockedForMaskedLM,
+        masked_lm_config.config_fields() - _OF_A_RUN | {"num_blocks"},
+        "num_hidden_layers",
+        transformers_keys,
+        "masked_text",
+        has_text=True,
+        bases=("ForMaskedLM",),
+        plain={},
+        kept=frozenset({"mask_token_id", "schedule", "time_conditioning", "noise_embedding_dim"}),
+        counts_compute=True,
+        hides_tokens=True,
+        example="pydoc-md4",
     ),
     "recurrent": Family(
         TextData,
@@ -187,15 +208,26 @@ def language_model_config(
     vocab_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionBlocksConfig:
-    """The config of a recipe for text of a family's class; of a ``base``, from its ``config.json`` alone."""
+    """The config of a recipe for text of a family's class; of a ``base``, from its ``config.json`` alone.
+
+    Where tokens are hidden and there is no tokenizer yet, the last token stands for its mask token.
+    """
+    hides = "mask_token_id" in kind.config_class.__annotations__ and "mask_token_id" not in blocks
+    if hides and tokenizer is not None:
+        blocks = {**blocks, "mask_token_id": tokenizer.mask_token_id}
     if "base" in model:
         try:
             base = AutoConfig.from_pretrained(model["base"])
         except (OSError, ValueError) as error:
             raise ValueError(f"model.base={model['base']!r} cannot be loaded: {error}") from error
+        if hides and tokenizer is None:
+            blocks = {**blocks, "mask_token_id": base.vocab_size - 1}
         config = kind.config_from(base, **blocks, pretrained=True)
     else:
-        config = kind.config_from(language_model_base(model, vocab_size, tokenizer), **blocks)
+        base = language_model_base(model, vocab_size, tokenizer)
+        if hides and tokenizer is None:
+            blocks = {**blocks, "mask_token_id": base["vocab_size"] - 1}
+        config = kind.config_from(base, **blocks)
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.vocab_size)
     return config

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config_checks import settle
 from ..generation import BRIDGES
+from ..masked_generation import UnmaskingConfig
 from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
 
@@ -155,6 +156,36 @@ class TextSampling:
         for name, allowed in (("mode", MODES), ("grid", GRIDS), ("bridge", BRIDGES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(f"sampling.{name}", getattr(self, name), allowed))
+
+
+@dataclass
+class MaskedSampling:
+    """How a masked language model writes text and fills gaps.
+
+    Attributes:
+        prompts: texts to complete; ``<mask:12>`` in one is a gap of 12 tokens. May be empty: a text from nothing.
+        max_new_tokens: tokens to add after each prompt, revealed in the same walk; 0 fills gaps only.
+        steps, order, temperature, top_p: see ``UnmaskingConfig``.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: ["The "])
+    max_new_tokens: int = 120
+    steps: int = 64
+    order: str = "random"
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            self.prompts = [self.prompts]
+        settle(self, "sampling.")
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"sampling.prompts={self.prompts!r} must list texts; '' writes one from nothing.")
+        _check_whole("sampling", self, max_new_tokens=0)
+        try:
+            UnmaskingConfig(self.steps, self.order, self.temperature, self.top_p)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from error
 
 
 @dataclass
