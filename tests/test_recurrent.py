@@ -246,7 +246,7 @@ def test_the_gradient_goes_through_the_last_recurrences_only(recurrences):
     # The same by hand: the state is a constant before the last three recurrences.
     model.zero_grad()
     module, hidden = model.block(0), model.embed_tokens(tokens())
-    places = model.places(hidden, torch.arange(LENGTH)[None])
+    places = model.make_places(hidden, torch.arange(LENGTH)[None])
     x = module.run_prelude(hidden, places)
     state = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * model.config.state_std
     for i in range(recurrences):
