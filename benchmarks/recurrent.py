@@ -220,8 +220,9 @@ def paper() -> str:
     for readout in ("edm", "exact"):
         config = BlockedRecurrentForCausalLM.config_from(recipe.model, **recipe.blocks | {"readout": readout})
         cost = training_flops(config, batch_size=1, tokens=recipe.data.block_length)
-        heads = 3 * 2 * head * recipe.data.block_length  # forward, and backward to features and weights
-        layers = (cost.end_to_end - heads) / (cost.flops - heads * (2 if readout == "exact" else 1))
+        product = 2 * head * recipe.data.block_length  # a head's: forward, and backward to features and to weights
+        extra = 1 if readout == "exact" else 0  # <z, e_k> / sigma^2, forward only
+        layers = (cost.end_to_end - 3 * product) / (cost.flops - (3 + extra) * product)
         whole = 5 * cost.end_to_end / (15 * cost.flops)
         lines.append(
             f"| {readout} | {config.mean_recurrences + 1} to 1 | {1 / cost.ratio:.2f} to 1 | about {layers:.1f} to 1 | "

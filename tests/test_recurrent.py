@@ -58,11 +58,11 @@ READOUTS = ("exact", "edm", "clean")
 
 @cache
 def model_of(readout: str = "exact", architecture: str = "llama", **settings) -> BlockedRecurrentForCausalLM:
-    """In eval mode, nothing zero-initialised; unrolled ones run three times by default."""
+    """Of 1, 2 and 1 layers, in eval mode, nothing zero-initialised; unrolled ones run three times by default."""
     settings = {"mean_recurrences": 3, "backprop_depth": 2} | settings
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = BlockedRecurrentForCausalLM.from_base(base_config(architecture), readout=readout, **settings)
+        model = BlockedRecurrentForCausalLM.from_base(base_config(architecture, 4), readout=readout, **settings)
     return perturbed(model, 0.1, 0).eval()
 
 
@@ -229,11 +229,11 @@ def test_save_and_load_give_the_same_model(readout, tmp_path):
 
 def test_recurrences_are_huginns_log_normal_poisson():
     config, generator = BlockedRecurrentConfig(base_config=base_config()), torch.Generator().manual_seed(0)
-    drawn = torch.tensor([draw_recurrences(config, generator) for _ in range(20_000)], dtype=torch.float64)
+    drawn = torch.tensor([draw_recurrences(config, generator) for _ in range(4000)], dtype=torch.float64)
     # r - 1 ~ Poisson(e^tau): mean 32, variance 32 + 32^2 (e^(1/4) - 1)
     variance = 32 + 32**2 * (torch.tensor(0.25).exp().item() - 1)
     assert abs(float(drawn.mean()) - 33) < 4 * (variance / len(drawn)) ** 0.5
-    assert abs(float(drawn.var()) / variance - 1) < 0.1
+    assert abs(float(drawn.var()) / variance - 1) < 0.2
     assert float(drawn.min()) >= 1
 
 
@@ -246,7 +246,7 @@ def test_the_gradient_goes_through_the_last_recurrences_only(recurrences):
     # The same by hand: the state is a constant before the last three recurrences.
     model.zero_grad()
     module, hidden = model.block(0), model.embed_tokens(tokens())
-    places = model.places(hidden, torch.arange(LENGTH)[None])
+    places = model.make_places(hidden, torch.arange(LENGTH)[None])
     x = module.run_prelude(hidden, places)
     state = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)) * model.config.state_std
     for i in range(recurrences):
@@ -268,23 +268,24 @@ def test_a_rows_targets_share_a_noise_level_unless_each_has_its_own():
 @pytest.mark.parametrize("readout", ["exact", "clean"])
 def test_training_learns_and_its_likelihood_is_the_bounds(readout, tmp_path):
     torch.manual_seed(0)
-    model = BlockedRecurrentForCausalLM.from_base(base_config(), readout=readout, mean_recurrences=4, backprop_depth=2)
+    settings = {"readout": readout, "mean_recurrences": 4, "backprop_depth": 2}
+    model = BlockedRecurrentForCausalLM.from_base(base_config(num_layers=4), **settings)
     args = DiffusionBlocksTrainingArguments(
-        output_dir=str(tmp_path), max_steps=100, per_device_train_batch_size=16, learning_rate=1e-2, disable_tqdm=True
+        output_dir=str(tmp_path), max_steps=70, per_device_train_batch_size=16, learning_rate=1e-2, disable_tqdm=True
     )
     rows, other = TokenRows(64), TokenRows(64, seed=5)
     before = language_model_likelihood(model, other).nats_per_token
     DiffusionBlocksTrainer(model, args, rows).train()
     after = language_model_likelihood(model, other).nats_per_token
     assert before > 3.5 and after < 2.4
-    bound = likelihood_bound(model, other, num_draws=8)
+    bound = likelihood_bound(model, other, num_draws=4)
     assert bound.cross_entropy_at_sigma_max == pytest.approx(after, rel=1e-4)
     # One f that hardly depends on z: the bound is nearly its cross-entropy (method's section on the exact form).
     assert bound.nats_per_token == pytest.approx(after, abs=0.2)
 
 
 def test_the_bound_of_a_converted_base_is_its_cross_entropy():
-    model, rows = BlockedRecurrentForCausalLM.from_base(base_lm()), TokenRows(128)
+    model, rows = BlockedRecurrentForCausalLM.from_base(base_lm(num_layers=3)), TokenRows(128)
     plain = language_model_likelihood(model, rows).nats_per_token
     bound = likelihood_bound(model, rows, num_draws=16, estimator="integral")
     assert bound.nats_per_token == pytest.approx(plain, abs=5 * bound.monte_carlo_error)
@@ -310,10 +311,10 @@ def test_an_update_costs_what_its_layer_passes_say(monkeypatch):
 
 @pytest.mark.parametrize("readout", ["exact", "clean"])
 def test_the_plan_is_what_a_step_holds(readout):
-    model = model_of(readout, mean_recurrences=9, backprop_depth=4)
+    model = model_of(readout, mean_recurrences=6, backprop_depth=4)
     plan = plan_memory(model.config, batch_size=4, tokens=LENGTH, device="cpu", alternatives=False)
     batch = {"input_ids": tokens(batch=4)}
-    objective = TruncatedBackpropagation(9) if readout == "clean" else default_objective(model.config)
+    objective = TruncatedBackpropagation(7) if readout == "clean" else default_objective(model.config)
     for checkpointing, method in ((False, "blocked"), (True, "blocked, checkpointing")):
         use = measure_memory(model, 0, batch, objective=objective, gradient_checkpointing=checkpointing)
         row = plan.worst(method)
@@ -374,7 +375,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="recurrences=0"):
         TruncatedBackpropagation(0)
     assert (
-        len(model(tokens(), past_key_values=DynamicCache(), num_recurrences=2).past_key_values.layers) == 1 + 1 + 2 * 5
+        len(model(tokens(), past_key_values=DynamicCache(), num_recurrences=2).past_key_values.layers) == 1 + 1 + 2 * 3
     )
 
 

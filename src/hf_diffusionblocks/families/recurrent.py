@@ -67,7 +67,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
 
     # -- one pass ------------------------------------------------------------------------------------------------
 
-    def places(
+    def make_places(
         self,
         hidden: Tensor,
         position_ids: Int[Tensor, "rows tokens"],
@@ -154,7 +154,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         Returns:
             The prelude's output, and f of the states.
         """
-        places = self.places(hidden, position_ids, attention_mask=attention_mask)
+        places = self.make_places(hidden, position_ids, attention_mask=attention_mask)
         x = self.block(block).run_prelude(hidden, places)
         return x, self.features(x, z, sigma, places)
 
@@ -184,7 +184,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
             recurrences = num_recurrences or self.config.recurrences
             how = {"recurrences": recurrences, "cache": cache, "attention_mask": attention_mask}
             return unrolled(self, hidden, position_ids, **how, seed=kwargs.get("noise_seed"))
-        module, places = self.block(block), self.places(hidden, position_ids, attention_mask=attention_mask)
+        module, places = self.block(block), self.make_places(hidden, position_ids, attention_mask=attention_mask)
         x = module.run_prelude(hidden, places)
         return module.run_coda(module.run_core(x, torch.zeros_like(x), places), places)
 

@@ -3,9 +3,9 @@
 import math
 from typing import Any
 
-from ..configuration import DiffusionBlocksConfig
 from ..partition import BlockPartition
 from ..suggest import unknown_name
+from .categorical_config import fields_of
 from .causal_lm_config import BlockedCausalLMConfig
 
 NOISE_PER = ("row", "token")
@@ -137,8 +137,7 @@ def _check_count(name: str, value: Any, low: int) -> None:
 
 def config_fields() -> frozenset[str]:
     """Settings of a recurrent model besides its base."""
-    kinds = (BlockedRecurrentConfig, BlockedCausalLMConfig, DiffusionBlocksConfig)
-    return frozenset(name for kind in kinds for name in kind.__annotations__) - {"base_config"}
+    return fields_of(BlockedRecurrentConfig) | {"num_blocks"}
 
 
 __all__ = ["PRESETS", "BlockedRecurrentConfig", "check_recurrences", "config_fields"]

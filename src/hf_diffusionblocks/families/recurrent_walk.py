@@ -120,7 +120,7 @@ def walk(
     held = None if cache is None else RecurrentCache(model, cache, recurrences)
     module, width, new = model.block(0), hidden.shape[-1], hidden.shape[1]
     seen = 0 if held is None else held.seen
-    make = functools.partial(model.places, attention_mask=attention_mask)
+    make = functools.partial(model.make_places, attention_mask=attention_mask)
     places = make(hidden, position_ids, earlier=seen)
     x = module.run_prelude(hidden, places, held.prelude if held else ())
     sigmas = equal_probability_grid(recurrences + 1, model.partition.noise)[:recurrences].tolist()
@@ -191,7 +191,9 @@ def unrolled(
     """
     held = None if cache is None else RecurrentCache(model, cache, recurrences)
     module = model.block(0)
-    places = model.places(hidden, position_ids, earlier=0 if held is None else held.seen, attention_mask=attention_mask)
+    places = model.make_places(
+        hidden, position_ids, earlier=0 if held is None else held.seen, attention_mask=attention_mask
+    )
     x = module.run_prelude(hidden, places, held.prelude if held else ())
     state = (model.config.state_std * fixed_noise(position_ids, hidden.shape[-1], seed)).to(x.dtype)
     for r in range(recurrences):

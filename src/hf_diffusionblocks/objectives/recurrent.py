@@ -101,7 +101,7 @@ class TruncatedBackpropagation:
         labels, hidden = next_tokens(batch), model.embed_tokens(ids)
         positions = batch.get("position_ids")
         positions = torch.arange(ids.shape[1], device=ids.device)[None] if positions is None else positions
-        places = model.places(hidden, positions, attention_mask=batch.get("attention_mask"))
+        places = model.make_places(hidden, positions, attention_mask=batch.get("attention_mask"))
         x = module.run_prelude(hidden, places)
         state = config.state_std * torch.randn(x.shape, generator=generator, device="cpu").to(x.device, x.dtype)
         deep = max(recurrences - config.backprop_depth, 0)
