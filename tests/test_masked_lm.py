@@ -202,6 +202,20 @@ def test_a_saved_model_is_one_for_transformers_whole_or_by_block(architecture, t
     assert BlockedMaskedLMConfig.from_pretrained(tmp_path).to_dict() == model.config.to_dict()
 
 
+@pytest.mark.parametrize("architecture", ["bert", "bert-untied", "llama"])
+def test_a_vocabulary_grows_with_every_head(architecture, tmp_path):
+    model, ids = blocked_mlm(architecture), hidden_rows()
+    before = model(ids).logits
+    model.resize_token_embeddings(VOCAB_SIZE + 3)
+    logits = model(ids).logits
+    torch.testing.assert_close(logits[..., :VOCAB_SIZE], before)
+    assert logits.shape[-1] == model.config.vocab_size == VOCAB_SIZE + 3
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(BlockedForMaskedLM.from_pretrained(tmp_path).eval()(ids).logits, logits)
+    with pytest.raises(ValueError, match="mask_token_id=39 is none of the vocabulary's 20 tokens"):
+        model.resize_token_embeddings(20)
+
+
 def test_transformers_fills_masks_with_it(tmp_path):
     tokenizer = with_mask_token(train_tokenizer("abcdefghijklmnopqrstuvwxyz ", "character"))
     config = base_config("bert", vocab_size=len(tokenizer))

@@ -25,6 +25,9 @@ SAME_MODEL = (
     "sigma_data",
     "noise_scale",
     "noise_schedule",
+    "mask_token_id",
+    "schedule",
+    "time_conditioning",
 )
 # Settings of a config that say where and when it was written, or what was done so far, and not which model it is.
 HISTORY = ("transformers_version", "_name_or_path", "base_model", "trained_blocks")

@@ -27,8 +27,9 @@ from ..suggest import unknown_name
 from .base_loading import part_settings
 from .causal_lm_checks import IGNORED, check_some_target, check_tokens
 from .causal_lm_config import check_base_settings
+from .causal_lm_conversion import resize_vocabulary
 from .masked_lm_block import MaskedLMBlock, RateModulation
-from .masked_lm_config import BlockedMaskedLMConfig, config_fields
+from .masked_lm_config import BlockedMaskedLMConfig, check_mask_token, config_fields
 from .masked_lm_conversion import base_of_block, copy_weights, find_base, mask_token_of
 
 
@@ -87,6 +88,32 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
     def get_output_embeddings(self) -> nn.Module | None:
         """The head's matrix if it is tied to the embeddings; None where each block has its own."""
         return self.embed_tokens if self.config.tied_head else None
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """As in transformers, for the embeddings and every block's head; new tokens get the mean of a head's bias.
+
+        Args:
+            new_num_tokens: size of the vocabulary; the mask token must stay in it.
+            pad_to_multiple_of: round the size up.
+            mean_resizing: draw new rows around the mean of the old ones.
+
+        Raises:
+            ValueError: if not all blocks are loaded, or the mask token would be cut off.
+        """
+        if new_num_tokens is not None or pad_to_multiple_of is not None:
+            if new_num_tokens is not None:
+                check_mask_token(self.config.mask_token_id, new_num_tokens)
+            resize_vocabulary(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
+            for b in self.resident_blocks:
+                module, old = self.block(b), self.block(b).head_bias
+                if old is not None:
+                    new = old.new_full((self.config.vocab_size,), float(old.detach().mean()))
+                    kept = min(len(new), len(old))
+                    new[:kept] = old.detach()[:kept]
+                    module.head_bias = nn.Parameter(new, requires_grad=old.requires_grad)
+        return self.embed_tokens
 
     # -- a block -------------------------------------------------------------------------------------------------
 

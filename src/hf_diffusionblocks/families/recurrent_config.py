@@ -47,8 +47,8 @@ class BlockedRecurrentConfig(BlockedCausalLMConfig):
         >>> base = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8,
         ...         "num_attention_heads": 4, "vocab_size": 100}
         >>> config = BlockedRecurrentConfig(base_config=base)
-        >>> [len(part) for part in (config.prelude, config.core, config.coda)]
-        [2, 4, 2]
+        >>> len(config.prelude), len(config.core), len(config.coda)
+        (2, 4, 2)
     """
 
     model_type = "blocked_recurrent"
