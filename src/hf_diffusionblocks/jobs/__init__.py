@@ -11,12 +11,12 @@ from ..families.base_loading import LOADING, hub_settings
 from ..recipes import Recipe
 from ..recipes.families import FAMILIES
 from ..suggest import unknown_name
-from . import images, text
+from . import classification, images, text
 from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
 from .images import build_trainer, load_data, sample
 from .text import sample_text
 
-JOBS: dict[str, ModuleType] = {"images": images, "text": text}
+JOBS: dict[str, ModuleType] = {"images": images, "text": text, "classification": classification}
 
 
 def _of(family: str) -> ModuleType:
