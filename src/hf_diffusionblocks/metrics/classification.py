@@ -53,7 +53,7 @@ class ClassificationQuality(_TidyMetric):
         """Compute the metric over these predictions and all that were added before, then forget them.
 
         Returns:
-            ``accuracy`` with its standard error, ``negative_log_likelihood`` in nats with its own (``nll_standard_error``),
+            ``accuracy`` with its standard error, ``negative_log_likelihood`` in nats with ``nll_standard_error``,
             ``calibration_error``, and how many predictions and bins there were.
 
         Raises:

@@ -57,7 +57,14 @@ def transformers_keys(model: Mapping[str, Any]) -> list[str]:
 
 
 def classifier_keys(model: Mapping[str, Any]) -> list[str]:
-    """Keys that the section ``model`` of an image classifier may have."""
+    """Keys that the section ``model`` of an image classifier may have.
+
+    Raises:
+        ValueError: for a ``model_type`` that cannot be cut.
+    """
+    kinds = image_classification_config.PREFIX
+    if "base" not in model and model.get("model_type", "vit") not in kinds:
+        raise ValueError(unknown_name("model.model_type", model["model_type"], kinds))
     return [*transformers_keys(model), "num_labels"]
 
 
