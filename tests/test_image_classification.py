@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     ConvNextConfig,
+    TrainerCallback,
     ViTConfig,
     pipeline,
 )
@@ -293,7 +294,7 @@ def test_three_blocks_learn_digits_in_seconds(settings, tmp_path):
     assert trainer.sequential == (not settings) and before > 2.2 and len(after.per_range) == 3
     with trainer.averaged_weights():
         logits, labels = predict(model, held_out)
-    assert (logits.argmax(-1) == labels).float().mean() > 0.9  # 0.94 each here, CPU, 2026-11-26
+    assert (logits.argmax(-1) == labels).float().mean() > 0.9  # 0.925 and 0.939 here, CPU, 2026-11-26
     assert after.total == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-4)
     assert model.config.trained_blocks == [0, 1, 2]
 
@@ -311,6 +312,39 @@ def test_lower_outputs_from_disk_are_those_that_are_recomputed(tmp_path):
     with pytest.raises(ValueError, match="lower_outputs='disk' with horizontal_flip=True"):
         args = arguments(tmp_path / "flips", lower_outputs="disk", horizontal_flip=True)
         DiffusionBlocksTrainer(new_vit(3), args, TinyImages(64))
+
+
+@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=["default", "paper"])
+def test_where_blocks_rest_and_what_is_recomputed_change_no_weight(settings, tmp_path):
+    def weights(name: str, stop: int | None = None, **changes) -> dict[str, Tensor]:
+        model = new_vit(3, perturbation=0.05, base={"hidden_dropout_prob": 0.1}, **settings)
+        given = {"max_steps": 4, "horizontal_flip": True, "max_grad_norm": 0.0, "block_order": "round_robin"}
+        args = arguments(tmp_path / name, **given | changes)
+        trainer = DiffusionBlocksTrainer(model, args, TinyImages(64))
+        if stop is not None:
+            trainer.callbacks.append(_StopAfter(stop))
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.model.state_dict() if changes.get("residency") is None else _loaded(trainer, tmp_path / name)
+
+    def _loaded(trainer, folder) -> dict[str, Tensor]:
+        return BlockedForImageClassification.from_pretrained(trainer.save_model(folder / "saved")).state_dict()
+
+    expected = weights("device", use_ema=False)
+    variants = [{"residency": "host"}, {"gradient_checkpointing": True}, {"gradient_release": True}]
+    for i, changes in enumerate(variants):
+        found = weights(str(i), use_ema=False, **changes)
+        assert all(torch.equal(value, found[name]) for name, value in expected.items()), changes
+    weights("stopped", stop=7, use_ema=False)
+    found = weights("stopped", use_ema=False)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, iterations: int):
+        self.iterations = iterations
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.iterations
 
 
 def test_a_trained_base_is_tuned_by_its_exact_gradient(tmp_path):
