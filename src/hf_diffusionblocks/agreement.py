@@ -38,7 +38,7 @@ def first_difference(
     Args:
         theirs: one config as a mapping.
         ours: the other.
-        names: the settings to compare; all but :data:`HISTORY` by default.
+        names: the settings to compare; all but ``HISTORY`` by default.
 
     Returns:
         Its name (``base_config['num_layers']`` inside a mapping) and both values; None if there is no difference.

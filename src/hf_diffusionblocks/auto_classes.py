@@ -20,6 +20,8 @@ CONFIGS = {
         "BlockedImageClassificationConfig",
     ),
     "blocked_causal_lm": ("hf_diffusionblocks.families.causal_lm", "BlockedCausalLMConfig"),
+    "blocked_masked_lm": ("hf_diffusionblocks.families.masked_lm", "BlockedMaskedLMConfig"),
+    "blocked_recurrent": ("hf_diffusionblocks.families.recurrent", "BlockedRecurrentConfig"),
 }
 _REGISTRY = "transformers.models.auto.configuration_auto"
 

@@ -133,8 +133,8 @@ def training_flops(
         ...         "num_attention_heads": 4, "vocab_size": 10}
         >>> config = BlockedCausalLMConfig(base_config=base, num_blocks=3, layers_per_block=[2, 2, 2])
         >>> cost = training_flops(config, tokens=16)
-        >>> [block.layer_passes for block in cost.blocks]
-        [9, 11, 10]
+        >>> tuple(block.layer_passes for block in cost.blocks)
+        (9, 11, 10)
         >>> round(cost.ratio, 2)
         1.67
     """
@@ -163,7 +163,7 @@ def _whole(config: DiffusionBlocksConfig, batch_size: int, checkpointing: bool, 
 
     A layer's products depend on its sizes alone, which are those of every other layer.
     """
-    if config.num_layers <= 2:
+    if config.num_layers <= 2 or getattr(config, "indivisible", False):
         return _count(config, batch_size, checkpointing, batch_settings)[0][0]
     cuts = [
         recut(config, num_blocks=2, layers_per_block=[n, config.num_layers - n], partition="equal_probability")

@@ -1,7 +1,7 @@
 """What a user would pick instead of blocks, or beside them, in bytes for the user's own model.
 
 Each way to save memory, alone and, where they combine, with one block of B. What this library does is counted, by the
-same counts as a plan's other rows (:mod:`.memory_counting`); of other methods the weights, gradients and moments are
+same counts as a plan's other rows (``memory_counting``); of other methods the weights, gradients and moments are
 their papers' formulas for the model's own shapes, named in the row, and the activations are counted. An average of the
 weights is left out: every row that trains all weights would have it on top, with as many bytes as weights.
 """

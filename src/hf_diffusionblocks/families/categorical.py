@@ -64,7 +64,7 @@ class BlockedCategoricalModel(BlockedPreTrainedModel):
 
     @torch.no_grad()
     def context_of(self, block: int, inputs: Tensor, **places: Any) -> Float[Tensor, "batch positions width"]:
-        """What a block's clean stream starts from, without gradient: :meth:`start`, or the lower blocks' output.
+        """What a block's clean stream starts from, without gradient: ``start``, or the lower blocks' output.
 
         Lower blocks run as they will when the model is used, without dropout, whatever mode they are in.
         """

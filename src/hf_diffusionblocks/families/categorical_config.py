@@ -26,7 +26,7 @@ _DROPPED = ("architectures", "transformers_version", "dtype", "torch_dtype", "_n
 
 
 class CategoricalConfig(DiffusionBlocksConfig):
-    """:class:`DiffusionBlocksConfig` of a model with categorical targets, and
+    """``DiffusionBlocksConfig`` of a model with categorical targets, and
 
     Args:
         base_config: the config of a transformers model as a dict, with its ``model_type``.

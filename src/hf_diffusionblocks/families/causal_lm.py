@@ -151,7 +151,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
     ) -> Float[Tensor, "batch tokens width"]:
         """A block's layers on a clean hidden state, before its norm: transformers' own forward pass.
 
-        With ``position_embeddings`` (see :meth:`single_step`) the layers run without what a decoder does around them.
+        With ``position_embeddings`` (see ``single_step``) the layers run without what a decoder does around them.
         """
         cache = None if past_key_values is None else self._cache_of(past_key_values, block)
         if position_embeddings is not None:
@@ -374,7 +374,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
             z: noisy targets.
             sigma: their noise levels.
             block: whose head.
-            table: :meth:`target_table`, if at hand.
+            table: ``target_table``, if at hand.
         """
         table = self.target_table() if table is None else table
         z = z.float()
@@ -406,7 +406,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
             attention_mask: 0 at padding.
 
         Raises:
-            ValueError: as :meth:`BlockedPreTrainedModel.denoise`.
+            ValueError: as ``BlockedPreTrainedModel.denoise``.
         """
         self.check_tokens(input_ids, attention_mask, position_ids=position_ids)
         if z.shape != (*input_ids.shape, self.config.hidden_size):
@@ -529,7 +529,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
     def language_hidden(
         self, hidden: Tensor, block: int | None, cache: Cache | None, *, keep: int = 0, **kwargs: Any
     ) -> Float[Tensor, "batch tokens width"]:
-        """The features of the next token's logits, before :meth:`language_head`: f at sigma_max, normed.
+        """The features of the next token's logits, before ``language_head``: f at sigma_max, normed.
 
         Of the last ``keep`` tokens at least; 0 for all.
         """
@@ -565,7 +565,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
         return features
 
     def language_head(self, block: int | None = None) -> Float[Tensor, "vocab width"]:
-        """The matrix that turns :meth:`language_hidden` into logits."""
+        """The matrix that turns ``language_hidden`` into logits."""
         return (
             self.target_table() if self.config.readout == "edm" else self.head_weight(self.language_blocks(block)[-1])
         )
@@ -647,7 +647,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
                 an object or mapping (weights are new).
             num_blocks: B, default 3.
             preset: ``paper`` for the paper's settings; ``settings`` override it.
-            **settings: fields of :class:`BlockedCausalLMConfig`; for a base that is loaded by name also ``dtype``,
+            **settings: fields of ``BlockedCausalLMConfig``; for a base that is loaded by name also ``dtype``,
                 ``revision``, ``token`` and ``cache_dir``.
 
         Returns:
@@ -687,7 +687,7 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
         preset: str | None = None,
         **settings: Any,
     ) -> BlockedCausalLMConfig:
-        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
+        """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         given = family_settings(BlockedCausalLMConfig, PRESETS, base_config, num_blocks, preset, settings)
         return BlockedCausalLMConfig(**given)
 

@@ -43,7 +43,7 @@ _MEND = "Models built like Llama, Mistral, Qwen2 and Qwen3 can be cut."
 
 
 class BlockedCausalLMConfig(CategoricalConfig):
-    """Config of :class:`BlockedForCausalLM`: a :class:`CategoricalConfig` whose base is a transformers decoder.
+    """Config of ``BlockedForCausalLM``: a ``CategoricalConfig`` whose base is a transformers decoder.
 
     Example:
         >>> base = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6,
@@ -63,14 +63,7 @@ class BlockedCausalLMConfig(CategoricalConfig):
         self.tie_word_embeddings = False  # the head is tied by the forward pass, not by sharing parameters
 
     def complete_base_config(self, base_config: dict) -> dict:
-        full = complete_transformers_config(base_config, _SIZES, "a decoder", "llama", _MEND)
-        for name in _OUTSIDE:
-            if full.get(name) not in (None, 1):
-                raise ValueError(
-                    f"a model of type {full['model_type']!r} with {name}={full[name]} cannot be cut: it acts outside "
-                    f"the layers' modules. {_MEND}"
-                )
-        return full
+        return complete_language_config(base_config, _MEND)
 
     def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
         """The base's config, which ``generate`` builds its cache from."""
@@ -90,6 +83,26 @@ class BlockedCausalLMConfig(CategoricalConfig):
     def tied_head(self) -> bool:
         """Whether the head is the token embedding."""
         return bool(self.base_config.get("tie_word_embeddings", False))
+
+
+def complete_language_config(base_config: dict, mend: str) -> dict:
+    """The config of a transformers language model with its defaults filled in, without what names a checkpoint.
+
+    Args:
+        base_config: with its ``model_type``.
+        mend: the sentence that names the models that can be cut.
+
+    Raises:
+        ValueError: for one that does not describe a model that can be cut into blocks of layers.
+    """
+    full = complete_transformers_config(base_config, _SIZES, "a decoder", "llama", mend)
+    for name in _OUTSIDE:
+        if full.get(name) not in (None, 1):
+            raise ValueError(
+                f"a model of type {full['model_type']!r} with {name}={full[name]} cannot be cut: it acts outside "
+                f"the layers' modules. {mend}"
+            )
+    return full
 
 
 def config_fields() -> frozenset[str]:

@@ -342,7 +342,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
                 copied), or its config as an object or mapping (weights are new).
             num_blocks: B, default 3.
             preset: ``paper`` for the paper's settings; ``settings`` override it.
-            **settings: fields of :class:`BlockedImageClassificationConfig`; for a base that is loaded by name also
+            **settings: fields of ``BlockedImageClassificationConfig``; for a base that is loaded by name also
                 ``dtype``, ``revision``, ``token`` and ``cache_dir``.
 
         Returns:
@@ -380,7 +380,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         preset: str | None = None,
         **settings: Any,
     ) -> BlockedImageClassificationConfig:
-        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
+        """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         names = {name: settings.pop(name) for name in ("id2label", "label2id") if name in settings}
         given = family_settings(BlockedImageClassificationConfig, PRESETS, base_config, num_blocks, preset, settings)
         return BlockedImageClassificationConfig(**given, **names)

@@ -1,4 +1,4 @@
-"""Config of blocked image classifiers."""
+"""Config of blocked image classifiers (arXiv 2506.14202, section 5)."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ _OF_BACKBONES = ("out_features", "out_indices", "stage_names")
 
 
 class BlockedImageClassificationConfig(CategoricalConfig):
-    """Config of :class:`BlockedForImageClassification`: a :class:`CategoricalConfig` and
+    """Config of ``BlockedForImageClassification``: a ``CategoricalConfig`` and
 
     Args:
         base_config: the config of a ViT, DeiT or DINOv2 classifier as a dict, with its ``model_type``.

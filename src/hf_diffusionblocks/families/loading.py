@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from ..config_checks import check_model_type
 from ..configuration import DiffusionBlocksConfig, read_config
@@ -13,6 +14,7 @@ from .dit import BlockedDiTModel
 from .dit_conversion import base_preconditioning, find_dit, scheduler_config
 from .image_classification import BlockedForImageClassification
 from .image_classification_config import PREFIX
+from .masked_lm import BlockedForMaskedLM
 
 
 def blocked_config_of(
@@ -50,6 +52,15 @@ def blocked_config_of(
 
 
 def _config_from(config: PreTrainedConfig, num_blocks: int | None) -> DiffusionBlocksConfig:
-    """The config of a blocked model of the family that a transformers config belongs to."""
-    kind = BlockedForImageClassification if config.model_type in PREFIX else BlockedForCausalLM
-    return kind.config_from(config, num_blocks)
+    """Of an image classifier, or of a masked or a causal language model, as the base's type and architecture say; an
+    encoder that names no architecture is masked.
+
+    Which token is the mask is not known here, and changes no size: the last one stands for it.
+    """
+    if config.model_type in PREFIX:
+        return BlockedForImageClassification.config_from(config, num_blocks)
+    named = config.architectures or ["ForMaskedLM"]
+    masked = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    if masked and any(str(name).endswith("ForMaskedLM") for name in named):
+        return BlockedForMaskedLM.config_from(config, num_blocks, mask_token_id=config.vocab_size - 1)
+    return BlockedForCausalLM.config_from(config, num_blocks)

@@ -7,6 +7,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import serialization
 from ..families.categorical_config import CategoricalConfig
+from ..families.masked_lm_config import BlockedMaskedLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 
 PAPER = "https://arxiv.org/abs/2506.14202"
@@ -119,6 +121,13 @@ def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     config, count = model.config, model.partition.num_blocks
     source = "(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
     blocks = f"{count} blocks" if count > 1 else "one block"
+    if isinstance(config, BlockedMaskedLMConfig):
+        made = base_model or f"A {config.base_config['model_type']} network"
+        return (
+            f"{made} that reads both sides, cut into {blocks} and trained block by block by masked diffusion {source}. "
+            "Each block knows rows of its own range of mask rates, block 0 those with most tokens hidden; sampling "
+            "reveals tokens step by step and runs one block per step."
+        )
     if not isinstance(config, CategoricalConfig):
         return (
             f"A {type(model).__name__} cut into {blocks} and trained block by block with denoising score matching "
@@ -127,6 +136,15 @@ def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     kind = config.base_config["model_type"]
     target, inputs, name = _TARGETS.get(config.model_type, _TARGETS["blocked_causal_lm"])
     made = f"{base_model or f'A pretrained {kind} model'}" if config.pretrained else f"A {kind} {name}"
+    if isinstance(config, BlockedRecurrentConfig):
+        parts = f"{len(config.prelude)} prelude, {len(config.core)} core and {len(config.coda)} coda layers"
+        how = (
+            "as one denoiser for all noise levels, in one pass at a random one"
+            if config.two_stream
+            else f"unrolled, {config.mean_recurrences + 1} recurrences on average, with the gradient through the last "
+            f"{config.backprop_depth}"
+        )
+        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library of {source}."
     if count == 1:
         return f"{made} in one block, trained end to end with the library of {source}."
     how = f"trained block by block with the cross-entropy of the {target}"
@@ -152,6 +170,12 @@ def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
 def _settings(model: BlockedPreTrainedModel) -> str:
     config = model.config
     edges = ", ".join(f"{edge:.6g}" for edge in model.partition.edges)
+    if isinstance(config, BlockedMaskedLMConfig):
+        told = "are told" if config.time_conditioning else "are not told"
+        return (
+            f"Edges (mask rates, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}. "
+            f"Schedule: {config.schedule}. The layers {told} the mask rate. Mask token: {config.mask_token_id}."
+        )
     text = f"Edges (noise levels, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}, "
     text += f"preconditioning {config.preconditioning}."
     if isinstance(config, CategoricalConfig):

@@ -1,7 +1,7 @@
 """Jobs that train some blocks of a cascade: which blocks they hold, and where those below come from."""
 
+from ..configuration import DiffusionBlocksConfig
 from ..families.categorical import BlockedCategoricalModel
-from ..families.categorical_config import CategoricalConfig
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from ..training.parallel import my_blocks
 
@@ -9,7 +9,7 @@ _SAME = ("base_config", "num_blocks", "layers_per_block", "readout", "context", 
 
 
 def held_blocks(
-    config: CategoricalConfig, args: DiffusionBlocksTrainingArguments, blocks: list[int] | None, lower: str | None
+    config: DiffusionBlocksConfig, args: DiffusionBlocksTrainingArguments, blocks: list[int] | None, lower: str | None
 ) -> list[int] | None:
     """The blocks that a job holds, None for all; ``args.blocks`` becomes those that it trains.
 
@@ -22,7 +22,7 @@ def held_blocks(
     Raises:
         ValueError: for blocks that do not exist, or lower ones where there is no use for them.
     """
-    cascade = config.context == "cascade" and config.num_blocks > 1
+    cascade = getattr(config, "context", "independent") == "cascade" and config.num_blocks > 1
     if lower is not None and (blocks is None or not cascade or min(blocks) == 0):
         raise ValueError(
             f"--lower {lower} gives a cascade's job the trained blocks below its own: name a block above 0 with "

@@ -11,15 +11,15 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data import load_documents, load_text_dataset, load_tokenizer
-from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size
+from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size, with_mask_token
 from ..families.causal_lm import BlockedForCausalLM
 from ..recipes import Recipe
-from ..recipes.families import BYTES
+from ..recipes.families import BYTES, FAMILIES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
 from ..training.residency import construction
 from .cascade_jobs import held_blocks, how_to_mend, take_lower_blocks
-from .common import loading, pick_device
+from .common import family_of, loading, pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
 STREAM_DOCUMENTS = 20_000
@@ -44,7 +44,15 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split."""
+    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split.
+
+    Of a new model whose tokens are hidden it gets a mask token; a pretrained base knows its own tokens only.
+    """
+    tokenizer = _make_tokenizer(recipe)
+    return with_mask_token(tokenizer) if recipe.kind.hides_tokens and "base" not in recipe.model else tokenizer
+
+
+def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     data = recipe.data
     if data.tokenizer is None and "base" in recipe.model:
         return load_tokenizer(recipe.model["base"])
@@ -95,15 +103,15 @@ def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, *
 
 def planned_vocabulary(recipe: Recipe) -> int | None:
     """The vocabulary's size without loading more than a plan needs; None if the recipe's model or base has its own."""
-    data = recipe.data
+    data, mask = recipe.data, int(recipe.kind.hides_tokens)
     if "base" in recipe.model or "vocab_size" in recipe.model:
         return None
     if data.tokenizer == "byte":
-        return BYTES
+        return BYTES + mask
     if data.tokenizer == "bpe":
-        return data.vocab_size
+        return data.vocab_size + mask
     if data.tokenizer in (None, "character") and data.name is None:
-        return BYTES
+        return BYTES + mask
     return tokenizer_size(make_tokenizer(recipe))
 
 
@@ -178,9 +186,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             os.replace(path, directory / path.name)
 
 
-def load_model(
-    model_dir: str, block_streaming: str | None = None
-) -> tuple[BlockedForCausalLM, PreTrainedTokenizerBase]:
+def load_model(model_dir: str, block_streaming: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A saved blocked language model and its tokenizer.
 
     Args:
@@ -192,6 +198,7 @@ def load_model(
     """
     tokenizer = load_tokenizer(model_dir)
     with loading(block_streaming):
-        model = BlockedForCausalLM.from_pretrained(model_dir)
+        kind = FAMILIES[family_of(model_dir)]
+        model = (kind.model_class if kind.has_text else BlockedForCausalLM).from_pretrained(model_dir)
     check_tokenizer(tokenizer, model.config.vocab_size)
     return model.to(pick_device()).eval(), tokenizer

@@ -111,7 +111,7 @@ class LabelPrediction:
     ) -> HeldOutLoss:
         """Cross-entropy on held-out images, nats per image: of the model's prediction, and of each block.
 
-        ``total`` is that of :meth:`BlockedForImageClassification.forward`. ``per_range`` is each block's own loss: with
+        ``total`` is that of ``BlockedForImageClassification.forward``. ``per_range`` is each block's own loss: with
         its auxiliary layers (``clean``), or at noise levels drawn from its range (``exact``, ``edm``), which ranks
         nothing across models, because low noise is free.
 

@@ -200,7 +200,7 @@ class NextTokenPrediction:
     ) -> HeldOutLoss:
         """Cross-entropy on held-out rows, nats per token: of the language model, and of each block.
 
-        ``total`` is that of the model's own logits (:meth:`BlockedForCausalLM.forward`): a cascade's last block, else
+        ``total`` is that of the model's own logits (``BlockedForCausalLM.forward``): a cascade's last block, else
         block 0. ``per_range`` is each block's own loss: with its auxiliary layers (``clean``), or at noise levels drawn
         from its range (``exact``, ``edm``), which ranks nothing across models, because low noise is free.
 
@@ -254,13 +254,15 @@ def noisy_targets(
     table: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = e_k + sigma eps`` for the tokens that each position predicts, sigma per token from the block's range.
+    """``z = e_k + sigma eps`` for the tokens that each position predicts, sigma from the block's range: per token, or
+    per row where the config says ``noise_per="row"``.
 
     Returns:
         z [batch, tokens, width] and sigma [batch, tokens]; positions without a label get noise alone.
     """
-    sigma = model.partition.sample(block, labels.numel(), generator).to(labels.device, torch.float32)
-    sigma = sigma.view(labels.shape)
+    drawn = labels if getattr(model.config, "noise_per", "token") == "token" else labels[:, :1]
+    sigma = model.partition.sample(block, drawn.numel(), generator).to(labels.device, torch.float32)
+    sigma = sigma.view(drawn.shape).expand(labels.shape)
     y = table[labels.clamp_min(0)] * (labels != IGNORED)[..., None]
     noise = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, non_blocking=True)
     return y + sigma[..., None] * noise, sigma

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config_checks import settle
 from ..generation import BRIDGES
+from ..masked_generation import UnmaskingConfig
 from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
 
@@ -16,7 +17,7 @@ TRAINED_TOKENIZERS = ("character", "byte", "bpe")
 
 @dataclass
 class ImageData:
-    """Where images come from; see :func:`hf_diffusionblocks.data.load_image_dataset`."""
+    """Where images come from; see ``hf_diffusionblocks.data.load_image_dataset``."""
 
     name: str = "digits"
     train_split: str = "train"
@@ -40,7 +41,7 @@ class ImageData:
 
 @dataclass
 class TextData:
-    """Where text comes from and how it becomes rows; see :func:`hf_diffusionblocks.data.load_text_dataset`.
+    """Where text comes from and how it becomes rows; see ``hf_diffusionblocks.data.load_text_dataset``.
 
     Attributes:
         name: of the source: ``pydoc``, a file, directory, pattern or list of files, or a data set's id. A recipe
@@ -115,7 +116,7 @@ class TextSampling:
         temperature, top_k, top_p: as in transformers; act on f.
         mode: ``decode``, from f as any language model; or ``denoise``, along the noise grid.
         steps: noise levels per token (``denoise``); one per block by default.
-        grid, bridge: see :class:`~hf_diffusionblocks.generation.DenoisingConfig`.
+        grid, bridge: see ``DenoisingConfig``.
     """
 
     prompts: list[str] = field(default_factory=lambda: ["The "])
@@ -155,6 +156,36 @@ class TextSampling:
         for name, allowed in (("mode", MODES), ("grid", GRIDS), ("bridge", BRIDGES)):
             if getattr(self, name) not in allowed:
                 raise ValueError(unknown_name(f"sampling.{name}", getattr(self, name), allowed))
+
+
+@dataclass
+class MaskedSampling:
+    """How a masked language model writes text and fills gaps.
+
+    Attributes:
+        prompts: texts to complete; ``<mask:12>`` in one is a gap of 12 tokens. May be empty: a text from nothing.
+        max_new_tokens: tokens to add after each prompt, revealed in the same walk; 0 fills gaps only.
+        steps, order, temperature, top_p: see ``UnmaskingConfig``.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: ["The "])
+    max_new_tokens: int = 120
+    steps: int = 64
+    order: str = "random"
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            self.prompts = [self.prompts]
+        settle(self, "sampling.")
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"sampling.prompts={self.prompts!r} must list texts; '' writes one from nothing.")
+        _check_whole("sampling", self, max_new_tokens=0)
+        try:
+            UnmaskingConfig(self.steps, self.order, self.temperature, self.top_p)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from error
 
 
 @dataclass
