@@ -13,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     ConvNextConfig,
+    TrainerCallback,
     ViTConfig,
     pipeline,
 )
@@ -26,6 +27,8 @@ from hf_diffusionblocks import (
     plan_memory,
 )
 from hf_diffusionblocks.compute import training_flops
+from hf_diffusionblocks.data import load_image_dataset
+from hf_diffusionblocks.evaluation import predict
 from hf_diffusionblocks.noise import equal_probability_grid
 from hf_diffusionblocks.objectives import ExactLabelPrediction, LabelPrediction, default_objective
 from tiny import NUM_CLASSES, TinyImages
@@ -114,6 +117,7 @@ def test_the_papers_setting_is_one_preset():
     assert (config.readout, config.context, config.auxiliary_layers) == ("edm", "independent", 0)
     assert (config.overlap, config.num_inference_steps, config.layers_per_block) == (0.05, 4, [2, 2, 2])
     assert new_vit(3, preset="paper", num_inference_steps=8).config.num_inference_steps == 8
+    assert new_vit(3, readout="exact").config.num_inference_steps == 1
 
 
 def test_new_blocks_of_a_cascade_pass_on_what_they_get_and_new_noise_changes_nothing():
@@ -278,18 +282,20 @@ def arguments(tmp_path, **settings) -> DiffusionBlocksTrainingArguments:
 
 
 @pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=["default", "paper"])
-def test_the_trainer_learns_the_patterns(settings, tmp_path):
-    model = new_vit(3, **settings)
-    args = arguments(tmp_path, max_steps=90, learning_rate=1e-2)
-    trainer = DiffusionBlocksTrainer(model, args, TinyImages(256), TinyImages(100, seed=1))
+def test_three_blocks_learn_digits_in_seconds(settings, tmp_path):
+    model = new_vit(3, base={"hidden_size": 32, "intermediate_size": 64, "patch_size": 4}, **settings)
+    schedule = {"lr_scheduler_type": "cosine", "warmup_steps": 10, "per_device_train_batch_size": 64}
+    args = arguments(tmp_path, max_steps=150, learning_rate=5e-3, **schedule)
+    train, held_out = (load_image_dataset("digits", split) for split in ("train", "test"))
+    trainer = DiffusionBlocksTrainer(model, args, train, held_out)
     before = trainer.evaluate().total
     trainer.train()
-    result = trainer.evaluate()
-    assert trainer.sequential == (not settings) and before > 2 and result.total < 0.5
-    data = TinyImages(200, seed=1)[list(range(200))]
-    with trainer.averaged_weights(), torch.no_grad():
-        found = model.eval()(data["pixel_values"]).logits.argmax(-1)
-    assert (found == data["class_labels"]).float().mean() > 0.9
+    after = trainer.evaluate()
+    assert trainer.sequential == (not settings) and before > 2.2 and len(after.per_range) == 3
+    with trainer.averaged_weights():
+        logits, labels = predict(model, held_out)
+    assert (logits.argmax(-1) == labels).float().mean() > 0.9  # 0.925 and 0.939 here, CPU, 2026-11-26
+    assert after.total == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-4)
     assert model.config.trained_blocks == [0, 1, 2]
 
 
@@ -308,6 +314,39 @@ def test_lower_outputs_from_disk_are_those_that_are_recomputed(tmp_path):
         DiffusionBlocksTrainer(new_vit(3), args, TinyImages(64))
 
 
+@pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=["default", "paper"])
+def test_where_blocks_rest_and_what_is_recomputed_change_no_weight(settings, tmp_path):
+    def weights(name: str, stop: int | None = None, **changes) -> dict[str, Tensor]:
+        model = new_vit(3, perturbation=0.05, base={"hidden_dropout_prob": 0.1}, **settings)
+        given = {"max_steps": 4, "horizontal_flip": True, "max_grad_norm": 0.0, "block_order": "round_robin"}
+        args = arguments(tmp_path / name, **given | changes)
+        trainer = DiffusionBlocksTrainer(model, args, TinyImages(64))
+        if stop is not None:
+            trainer.callbacks.append(_StopAfter(stop))
+        trainer.train(resume_from_checkpoint=True)
+        return trainer.model.state_dict() if changes.get("residency") is None else _loaded(trainer, tmp_path / name)
+
+    def _loaded(trainer, folder) -> dict[str, Tensor]:
+        return BlockedForImageClassification.from_pretrained(trainer.save_model(folder / "saved")).state_dict()
+
+    expected = weights("device", use_ema=False)
+    variants = [{"residency": "host"}, {"gradient_checkpointing": True}, {"gradient_release": True}]
+    for i, changes in enumerate(variants):
+        found = weights(str(i), use_ema=False, **changes)
+        assert all(torch.equal(value, found[name]) for name, value in expected.items()), changes
+    weights("stopped", stop=7, use_ema=False)
+    found = weights("stopped", use_ema=False)
+    assert all(torch.equal(value, found[name]) for name, value in expected.items())
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, iterations: int):
+        self.iterations = iterations
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.iterations
+
+
 def test_a_trained_base_is_tuned_by_its_exact_gradient(tmp_path):
     model = BlockedForImageClassification.from_base(base_vit(), 3)
     trainer = DiffusionBlocksTrainer(model, arguments(tmp_path, max_steps=2), TinyImages(64))
@@ -320,9 +359,9 @@ def test_a_trained_base_is_tuned_by_its_exact_gradient(tmp_path):
 
 def test_memory_and_compute_are_counted():
     config = new_vit(3, base={"num_hidden_layers": 9}).config
+    assert config.layers_per_block == [2, 3, 4]
     plan = plan_memory(config, batch_size=8, device="cpu", alternatives=False)
-    held = [row.layers for row in plan.rows if row.method == "blocked"]
-    assert held == config.layers_per_block == [3, 3, 3] or sum(held) == 9
+    assert [row.layers for row in plan.rows if row.method == "blocked"] == config.layers_per_block
     assert plan.worst("blocked").ratio < 0.55
     cost = training_flops(new_vit(3, layers_per_block=[2, 2, 2]).config, batch_size=2)
     assert [block.layer_passes for block in cost.blocks] == [9, 11, 10]

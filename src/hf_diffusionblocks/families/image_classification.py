@@ -169,7 +169,13 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         if self.config.readout == "edm":
             return logits
         # log N(z; e_k, sigma^2) = <z, e_k> / sigma^2 + what does not depend on k, since all rows have norm 1.
-        return logits + (z / sigma[:, None].to(z.dtype) ** 2) @ self.target_table(z.dtype).T
+        with torch.autocast(z.device.type, enabled=False):  # up to 1 / sigma_min^2: not for bfloat16
+            return logits + (z / sigma[:, None].to(z.dtype) ** 2) @ self.target_table(z.dtype).T
+
+    def posterior_mean(self, logits: Float[Tensor, "batch classes"]) -> Float[Tensor, "batch width"]:
+        """``D = sum_k p_k e_k``, in the logits' dtype."""
+        with torch.autocast(logits.device.type, enabled=False):
+            return logits.softmax(-1) @ self.target_table(logits.dtype)
 
     def check_input(self, z: Tensor, pixel_values: Tensor | None = None) -> None:
         """Raise a ``ValueError`` for images or noisy labels of another shape than the model's."""
@@ -185,11 +191,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         """D_b = sum_k p_k e_k: the posterior mean of the label's embedding (arXiv 2506.14202, App. B)."""
         z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
         hidden = self.start_of(block, {"pixel_values": check_images(self.config, pixel_values)})
-        with torch.autocast(z.device.type, enabled=False):
-            table = self.target_table(z.dtype)
-        probabilities = self.target_logits(hidden, z, sigma, block).softmax(-1)
-        with torch.autocast(z.device.type, enabled=False):
-            return probabilities.to(z.dtype) @ table
+        return self.posterior_mean(self.target_logits(hidden, z, sigma, block))
 
     # -- the classifier ------------------------------------------------------------------------------------------
 
@@ -268,8 +270,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         generator = torch.Generator().manual_seed(0) if generator is None else generator
         levels = equal_probability_grid(steps, self.partition.noise).tolist()
         contexts = self._contexts(pixel_values, {self.partition.block_of(level) for level in levels})
-        table, count = self.target_table(), len(pixel_values)
-        ends = []
+        ends, count = [], len(pixel_values)
         for _ in range(draws):
             noise = torch.randn(self.config.hidden_size, generator=generator, device=generator.device)
             z = (levels[0] * noise).to(pixel_values.device).expand(count, -1)
@@ -278,7 +279,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
                 sigma = torch.full((count,), level, device=z.device)
                 logits = self.target_logits(contexts[block], z, sigma, block)
                 if lower is not None:  # Euler's step towards D (EDM, arXiv 2206.00364, Alg. 2)
-                    z = (lower / level) * z + (1 - lower / level) * (logits.softmax(-1) @ table)
+                    z = (lower / level) * z + (1 - lower / level) * self.posterior_mean(logits)
             ends.append(logits.log_softmax(-1))
         return torch.stack(ends).logsumexp(0) - torch.tensor(float(draws)).log().item()
 

@@ -33,7 +33,9 @@ class BlockedImageClassificationConfig(CategoricalConfig):
     Args:
         base_config: the config of a ViT, DeiT or DINOv2 classifier as a dict, with its ``model_type``.
         num_inference_steps: noise levels on which a prediction by denoising walks from ``sigma_max`` to
-            ``sigma_min``; not used with ``readout="clean"``, which reads the classes from f.
+            ``sigma_min``; by default 4 for ``edm``, as in the paper. With ``exact`` the walk ends in a class that is
+            drawn from the posterior, and f at ``sigma_max`` is the posterior itself: 1, and more with many draws.
+            Not used with ``clean``, which reads the classes from f.
         num_draws: noise draws that such a prediction averages the probabilities of.
         id2label: names of the classes; the base's unless given.
 
@@ -47,11 +49,13 @@ class BlockedImageClassificationConfig(CategoricalConfig):
 
     model_type = "blocked_image_classification"
 
-    num_inference_steps: int = 4
+    num_inference_steps: int | None = None
     num_draws: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
+        if self.num_inference_steps is None:
+            self.num_inference_steps = 4 if self.readout == "edm" else 1
         for name in ("num_inference_steps", "num_draws"):
             check_count(name, getattr(self, name))
         names = self.make_base_config().id2label
