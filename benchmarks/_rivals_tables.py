@@ -159,8 +159,10 @@ def _panel(axis: Any, rows: list[Row], title: str) -> None:
     axis.axvline(2, color="black", linewidth=0.8, linestyle=":")
     axis.grid(axis="y", visible=False)
     axis.set_xlim(0, 1.12 * max(max(row["peak"], row["total"] + row["home"]) / row["parameters"] for row in rows))
-    axis.set_xlabel("bytes per parameter of the whole model", fontsize=8)
-    axis.set_title(f"{title}: counted (bars, number), peak of the process (diamond)", fontsize=9)
+    axis.set_xlabel(
+        "bytes per parameter of the whole model\nbars, number: counted; diamond: peak of the process", fontsize=8
+    )
+    axis.set_title(title)
 
 
 __all__ = ["against_plan", "chart", "conclusion", "ordered", "planned", "table"]
