@@ -86,7 +86,7 @@ def test_a_config_may_be_built_under_any_device(device):
     "settings, message",
     [
         ({"partition": "equal_probabilty"}, "unknown partition 'equal_probabilty': did you mean 'equal_probability'"),
-        ({"preconditioning": "vp"}, "unknown preconditioning 'vp'.*Allowed: edm, vp_epsilon"),
+        ({"preconditioning": "vp"}, "unknown preconditioning 'vp'.*Allowed: edm, rectified_flow, vp_epsilon"),
         ({"sigma_data": 0}, "sigma_data=0 must be positive"),
         ({"sigma_data": float("nan")}, "sigma_data=nan must be a finite number"),
         ({"noise_scale": -1.0}, "noise_scale=-1.0 must be positive"),
