@@ -26,6 +26,7 @@ ORDER = [
     "repository",
     "streaming",
     "modeling",
+    "adapters",
     "families",
     "objectives",
     "likelihood",
