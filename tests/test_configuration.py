@@ -28,6 +28,7 @@ SETTINGS = [
     {"partition": "explicit", "edges": [80.0, 1.5, 0.1, 0.002]},
     {"preconditioning": "vp_epsilon", "noise_schedule": SCHEDULE, "num_blocks": 2},
     {"preconditioning": "vp_epsilon", "noise_schedule": {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 0.3]}},
+    {"preconditioning": "rectified_flow", "noise_schedule": {"num_train_timesteps": 500, "shift": 3.0}},
     {"sigma_data": 0.7, "noise_scale": 250.0},
 ]
 

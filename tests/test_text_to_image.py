@@ -27,8 +27,10 @@ from hf_diffusionblocks import (
     DiffusionBlocksTrainingArguments,
     plan_memory,
 )
+from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.compute import training_flops
 from hf_diffusionblocks.families.dit import BlockedDiTModel
+from hf_diffusionblocks.families.loading import blocked_config_of
 from hf_diffusionblocks.families.transformer_classes import TRANSFORMER_CLASSES, pack, unpack
 from hf_diffusionblocks.memory_counting import KINDS, measure_memory
 from hf_diffusionblocks.objectives import DenoisingScoreMatching, held_out_loss
@@ -365,6 +367,17 @@ def test_a_pipelines_directory_converts_and_one_block_of_it_loads(name, tmp_path
     with torch.no_grad():
         outputs = [m.denoise(noise(), 0.02, **prompts(name)) for m in (alone, model)]
     assert torch.equal(*outputs)
+
+
+def test_the_convert_command_cuts_a_pipelines_directory(tmp_path, capsys):
+    base = base_of(FLUX)
+    pipeline_of(base, FLUX).save_pretrained(tmp_path / "pipe")
+    assert main(["convert", str(tmp_path / "pipe"), "--num-blocks", "3", "--output-dir", str(tmp_path / "out")]) == 0
+    assert "preconditioning rectified_flow; kept from the base: its weights only" in capsys.readouterr().out
+    model = BlockedDiTModel.from_pretrained(tmp_path / "out")
+    expected = BlockedDiTModel.from_base(base, noise_schedule={"num_train_timesteps": 1000, "shift": 3.0})
+    assert same_tensors(model.state_dict(), expected.state_dict()) and model.partition == expected.partition
+    assert blocked_config_of(tmp_path / "pipe").edges == model.config.edges
 
 
 @pytest.mark.parametrize("name", NAMES)

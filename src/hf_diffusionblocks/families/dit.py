@@ -214,15 +214,12 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         """
         loading, settings = part_settings(base, settings)
         if isinstance(base, Mapping):
-            kind = class_of({"_class_name": settings["base_class"]} if "base_class" in settings else base)
-            if kind is not None and kind.preconditioning:
-                settings.setdefault("preconditioning", kind.preconditioning)
             return cls(cls.config_from(base, num_blocks, **settings))
         base_model = hub_name(base)
         base, scheduler = load_base(base, **loading)
         kind = TRANSFORMER_CLASSES[type(base).__name__]
-        settings = base_preconditioning(settings, scheduler, kind.preconditioning) | {"base_class": kind.name}
-        if "preconditioning" not in settings:
+        settings = base_preconditioning(settings, scheduler) | {"base_class": kind.name}
+        if "preconditioning" not in settings and kind.preconditioning is None:
             logger.warning_once(
                 "this DiT came without a scheduler, so how it was trained is unknown: preconditioning='edm' is taken, "
                 "under which a network that predicts epsilon has to be trained anew. For such a one convert its "
@@ -253,6 +250,9 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             if kind is None:
                 raise ValueError(f"{base_config['_class_name']} cannot be cut by BlockedDiTModel: give {cuttable()}.")
             settings["base_class"] = kind.name
+        kind = TRANSFORMER_CLASSES.get(settings["base_class"])
+        if kind is not None and kind.preconditioning is not None:
+            settings.setdefault("preconditioning", kind.preconditioning)
         if num_blocks is None:
             num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
         return BlockedDiTConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)

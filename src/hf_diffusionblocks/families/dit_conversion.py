@@ -52,26 +52,19 @@ def scheduler_config(name: str, **hub: Any) -> dict | None:
         return None
 
 
-def base_preconditioning(
-    settings: Mapping[str, Any], scheduler: Mapping[str, Any] | None, of_class: str | None = None
-) -> dict[str, Any]:
+def base_preconditioning(settings: Mapping[str, Any], scheduler: Mapping[str, Any] | None) -> dict[str, Any]:
     """Settings with the preconditioning that a base's scheduler implies, where they give none.
 
     A scheduler that predicts epsilon belongs to a DDPM-style network: ``vp_epsilon`` with its noise schedule (EDM,
     arXiv 2206.00364, Table 1, VP); a flow-matching one to ``rectified_flow``. Without a scheduler nothing is known, and
     the class's own or ``edm`` stays the default.
 
-    Args:
-        settings: of ``from_base``.
-        scheduler: the scheduler's config, if there is one.
-        of_class: how all published weights of the base's class were trained, if there is but one way.
-
     Raises:
         ValueError: for a scheduler of another prediction, which no preconditioning here stands for.
     """
     settings = dict(settings)
     if scheduler is None:
-        return ({"preconditioning": of_class} if of_class else {}) | settings
+        return settings
     kind = scheduler.get("prediction_type", "epsilon")
     flow = "FlowMatch" in str(scheduler.get("_class_name")) or kind == "flow_prediction"
     if "preconditioning" not in settings:
