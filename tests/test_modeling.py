@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hf_diffusionblocks import serialization
 from hf_diffusionblocks.modeling import BlockedPreTrainedModel, DenoiserOutput, format_block_parameters
 from hf_diffusionblocks.preconditioning import expand
 from tiny import IMAGE_SIZE, NUM_CLASSES, as_users_run, tiny_dit
+from tiny_prompts import FLUX, PIXART, SD3, prompts, tiny_flux, tiny_pixart, tiny_sd3
 from tiny_vit import WIDTH, images, new_vit
 
 BATCH = 4
@@ -66,6 +68,9 @@ def tiny_pictures() -> dict[str, Any]:
 FAMILIES = [
     pytest.param(Family(tiny_dit, tiny_images, tiny_labels, ".ff"), id="dit"),
     pytest.param(Family(tiny_vit, tiny_targets, tiny_pictures, ".mlp", is_denoiser=False), id="image-classification"),
+    pytest.param(Family(tiny_pixart, tiny_images, partial(prompts, PIXART), ".ff"), id="pixart"),
+    pytest.param(Family(tiny_sd3, tiny_images, partial(prompts, SD3), ".ff"), id="sd3"),
+    pytest.param(Family(tiny_flux, tiny_images, partial(prompts, FLUX), ".ff"), id="flux"),
 ]
 
 
@@ -337,7 +342,7 @@ def test_loading_in_another_dtype_casts_the_weights_and_keeps_the_estimate_in_fl
 ):
     loaded = type(model).from_pretrained(saved, dtype=dtype)
     assert loaded.dtype == dtype
-    for key, value in loaded.state_dict().items():
+    for key, value in loaded.named_parameters():
         assert value.dtype == dtype and torch.equal(value, model.state_dict()[key].to(dtype))
     for block in range(3):
         sigma = middle(model, block)
