@@ -8,7 +8,8 @@ BAdam (Luo, Yu, Li, arXiv 2404.02827, Alg. 1)
     the blocks in turn, K updates each, with Adam's moments anew at each turn. The default order of its code is from the
     last block to the first.
 LISA (Pan et al., arXiv 2403.17919, Alg. 1)
-    gamma layers drawn uniformly for K updates at a time; embedding and head always train, and keep their moments.
+    gamma layers drawn uniformly for K updates at a time; embedding and head always train, and keep their moments. A
+    layer's moments are dropped here when it is frozen: kept ones would hold the memory that the method saves.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
