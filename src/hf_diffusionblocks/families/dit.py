@@ -62,7 +62,7 @@ _LEGACY_SETTINGS = {
 
 
 class BlockedDiTConfig(DiffusionBlocksConfig):
-    """Config of :class:`BlockedDiTModel`: :class:`DiffusionBlocksConfig` and
+    """Config of ``BlockedDiTModel``: ``DiffusionBlocksConfig`` and
 
     Args:
         label_dropout: share of training samples whose label is replaced by the null class (classifier-free guidance).
@@ -304,7 +304,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             base: a diffusers ``DiTTransformer2DModel``, a ``DiTPipeline``, the directory or Hub id of either (weights
                 are copied), or a mapping with the base's config (weights are new).
             num_blocks: B, default 3.
-            **settings: fields of :class:`BlockedDiTConfig`. Of a pipeline whose scheduler predicts epsilon,
+            **settings: fields of ``BlockedDiTConfig``. Of a pipeline whose scheduler predicts epsilon,
                 ``preconditioning="vp_epsilon"`` and the scheduler's ``noise_schedule`` are the default; of a bare DiT,
                 ``edm``, with a warning. For a base that is loaded by name also ``dtype``, ``revision``, ``token`` and
                 ``cache_dir``.
@@ -351,7 +351,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
     def config_from(
         cls, base_config: Mapping[str, Any], num_blocks: int | None = None, **settings: Any
     ) -> BlockedDiTConfig:
-        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
+        """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         unknown = [n for n in settings if n not in config_fields()]
         if unknown:
             raise ValueError(unknown_name("setting", unknown[0], config_fields()))

@@ -17,7 +17,7 @@ def load_base(base: Any, dtype: Any = None, **hub: Any) -> tuple[DiTTransformer2
     """The base network and, where there is one, its scheduler's config.
 
     Args:
-        base: see :meth:`BlockedDiTModel.from_base`.
+        base: see ``BlockedDiTModel.from_base``.
         dtype: to load it in; by default the files'.
         **hub: ``revision``, ``token``, ``cache_dir``.
     """
