@@ -28,7 +28,7 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class BlockCoordinate:
     """Which parameters train now, and the optimizers that hold their moments.
 
-    Use :func:`badam` or :func:`lisa`. ``start(update)`` before the forward pass of each update freezes what is not
+    Use ``badam`` or ``lisa``. ``start(update)`` before the forward pass of each update freezes what is not
     active; ``step()`` after the backward pass updates what is, and drops the gradients.
 
     Args:
@@ -124,7 +124,7 @@ def badam(
         seed: of the random order.
 
     Raises:
-        ValueError: for an unknown order, and as :class:`BlockCoordinate`.
+        ValueError: for an unknown order, and as ``BlockCoordinate``.
     """
     if order not in ORDERS:
         raise ValueError(unknown_name("order", order, ORDERS))
@@ -150,7 +150,7 @@ def lisa(
         seed: of the draws.
 
     Raises:
-        ValueError: for more active layers than there are, and as :class:`BlockCoordinate`.
+        ValueError: for more active layers than there are, and as ``BlockCoordinate``.
     """
     if not 1 <= active <= len(layers):
         raise ValueError(f"active={active} must lie between 1 and the {len(layers)} layers.")

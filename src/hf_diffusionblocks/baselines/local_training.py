@@ -5,7 +5,7 @@ optimizer of its own and the gradient dropped before the next loss is computed, 
 part exist at a time. Parameters that belong to no part (a classifier after all of them, a table of label embeddings)
 collect the gradients of all losses and step last.
 
-Arguments, optimizers, schedules and the order of the samples are those of :class:`DiffusionBlocksTrainer`: a rival sees
+Arguments, optimizers, schedules and the order of the samples are those of ``DiffusionBlocksTrainer``: a rival sees
 the samples that block 0 of a blocked model sees, in the same order.
 """
 
@@ -50,7 +50,7 @@ class LocalClassifier(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, images: Images, generator: torch.Generator) -> Labels:
-        """The class of each image. ``generator`` as in :meth:`losses`."""
+        """The class of each image. ``generator`` as in ``losses``."""
 
     def resident(self, part: int) -> Sequence[nn.Module]:
         """What a job that trains one part alone must hold: the part, unless it needs others to run."""
@@ -65,13 +65,13 @@ class LocalClassifier(nn.Module, ABC):
 
 
 class LocalTrainer:
-    """Trains a :class:`LocalClassifier`; see the module's docstring.
+    """Trains a ``LocalClassifier``; see the module's docstring.
 
     Args:
         model: trained in place.
         args: batch size, budget, optimizer, schedule, clipping and seed are used.
         train_dataset: gives ``pixel_values`` and ``class_labels`` for a list of indices, as
-            :class:`~hf_diffusionblocks.data.ImageDataset` does.
+            ``ImageDataset`` does.
 
     Raises:
         ValueError: for settings that mean nothing here.
@@ -165,7 +165,7 @@ class LocalTrainer:
 
         The update is an ordinary one: weights and moments move on. The entry None is the whole process: all weights and
         moments, and the largest gradients and activations of any part. The kinds are those of
-        :mod:`~hf_diffusionblocks.memory_counting`; what belongs to no part counts for every part.
+        ``memory_counting``; what belongs to no part counts for every part.
         """
         model = self.model.train()
         found = {}
@@ -226,7 +226,7 @@ def accuracy(model: LocalClassifier, dataset: Any, batch_size: int = 256, seed: 
 
     Args:
         model: left in evaluation mode.
-        dataset: as in :class:`LocalTrainer`.
+        dataset: as in ``LocalTrainer``.
         batch_size: images at a time.
         seed: of the noise that sampling starts from.
     """

@@ -9,7 +9,7 @@ r"""NoProp (Li, Teh, Pascanu, arXiv 2503.24322): each block denoises a label emb
 ``BackpropCNN``
     the blocks of NoProp-DT run in sequence, noise included, trained by the cross-entropy at the end alone.
 
-Time runs from noise to label (:mod:`~hf_diffusionblocks.baselines.noprop_schedules`). Only NoProp-DT is trained block
+Time runs from noise to label (``noprop_schedules``). Only NoProp-DT is trained block
 by block: the other two have one network, whose every update goes through all of it.
 """
 
@@ -86,7 +86,7 @@ class NoPropDT(LocalClassifier):
 
 
 class BackpropCNN(NoPropDT):
-    """The same blocks trained end to end: the cross-entropy of :meth:`NoPropDT.run`, through all of its noisy steps.
+    """The same blocks trained end to end: the cross-entropy of ``NoPropDT.run``, through all of its noisy steps.
 
     This is the backpropagation that the paper's tables compare with: NoProp-DT's inference as one residual network.
     """
@@ -104,7 +104,7 @@ class NoPropCT(LocalClassifier):
     .. math:: L = E[-\log p(y | z_1)] + KL(q(z_0|y) \| N(0, I))
               + \tfrac{1}{2} \eta\, E_{t, z_t} SNR'(t) \|\hat u(z_t, x, t) - u_y\|^2
 
-    Inference takes :meth:`NoPropDT.run`'s steps on an even grid of the learned schedule, which is what the continuous
+    Inference takes ``NoPropDT.run``'s steps on an even grid of the learned schedule, which is what the continuous
     process is the limit of.
 
     Args:
