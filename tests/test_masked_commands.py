@@ -30,6 +30,7 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def command(text_file) -> list[str]:
     settings = [*TEXT_RECIPE, "training.train_shared=none", "sampling.steps=4", "evaluation.num_draws=2"]
+    settings += ["model.num_key_value_heads=2", "model.layer_types=[sliding_attention, full_attention, full_attention]"]
     return ["train", "pydoc-md4", *settings, f"data.name={text_file}"]
 
 
