@@ -27,6 +27,7 @@ ORDER = [
     "repository",
     "streaming",
     "modeling",
+    "adapters",
     "families",
     "objectives",
     "likelihood",

@@ -28,6 +28,7 @@ SETTINGS = [
     {"partition": "explicit", "edges": [80.0, 1.5, 0.1, 0.002]},
     {"preconditioning": "vp_epsilon", "noise_schedule": SCHEDULE, "num_blocks": 2},
     {"preconditioning": "vp_epsilon", "noise_schedule": {"num_train_timesteps": 3, "trained_betas": [0.1, 0.2, 0.3]}},
+    {"preconditioning": "rectified_flow", "noise_schedule": {"num_train_timesteps": 500, "shift": 3.0}},
     {"sigma_data": 0.7, "noise_scale": 250.0},
 ]
 
@@ -86,7 +87,7 @@ def test_a_config_may_be_built_under_any_device(device):
     "settings, message",
     [
         ({"partition": "equal_probabilty"}, "unknown partition 'equal_probabilty': did you mean 'equal_probability'"),
-        ({"preconditioning": "vp"}, "unknown preconditioning 'vp'.*Allowed: edm, vp_epsilon"),
+        ({"preconditioning": "vp"}, "unknown preconditioning 'vp'.*Allowed: edm, rectified_flow, vp_epsilon"),
         ({"sigma_data": 0}, "sigma_data=0 must be positive"),
         ({"sigma_data": float("nan")}, "sigma_data=nan must be a finite number"),
         ({"noise_scale": -1.0}, "noise_scale=-1.0 must be positive"),

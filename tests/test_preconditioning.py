@@ -4,12 +4,17 @@ import math
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, EDMEulerScheduler
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from hf_diffusionblocks.preconditioning import EDMPreconditioning, VPEpsilonPreconditioning, expand
+from hf_diffusionblocks.preconditioning import (
+    EDMPreconditioning,
+    RectifiedFlowPreconditioning,
+    VPEpsilonPreconditioning,
+    expand,
+)
 from tiny import tiny_dit_config
 
 SIGMAS = torch.logspace(math.log10(0.002), math.log10(80), 41, dtype=torch.float64)
@@ -174,6 +179,64 @@ def test_a_config_covers_exactly_the_noise_levels_of_the_schedule(name):
     assert partition.edges[0] == preconditioning.sigmas[-1] and partition.edges[-1] == preconditioning.sigmas[0]
     partition.check_sigma(preconditioning.sigmas)
     partition.check_sigma(preconditioning.sigmas.float())
+
+
+# -- rectified flow ----------------------------------------------------------------------------------------------
+
+
+def test_the_true_velocity_gives_the_data_at_every_noise_level():
+    y, epsilon = torch.randn(41, 2, 3), torch.randn(41, 2, 3)
+    sigma = SIGMAS.float()
+    c = RectifiedFlowPreconditioning(1000)(sigma)
+    t = expand(sigma / (1 + sigma), y)
+    z = y + expand(sigma, y) * epsilon
+    x = FlowMatchEulerDiscreteScheduler().scale_noise  # x_t = (1 - t) y + t eps, at the scheduler's own timesteps
+    assert_close(expand(c.c_in, z) * z, (1 - t) * y + t * epsilon, rtol=1e-5, atol=1e-5)
+    assert_close(expand(c.c_skip, z) * z + expand(c.c_out, z) * (epsilon - y), y, rtol=1e-4, atol=1e-4)
+    assert_close(c.c_noise, 1000 * t.flatten(1)[:, 0], rtol=1e-6, atol=0)
+    step = FlowMatchEulerDiscreteScheduler().timesteps[250:251]  # t = 0.75, sigma = 3
+    theirs = x(y[:1], step, epsilon[:1])
+    assert_close(theirs / (1 - step / 1000), y[:1] + 3 * epsilon[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_along_the_straight_path_is_a_step_of_the_ode():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    scheduler.set_timesteps(6)
+    t, t_next = scheduler.sigmas[2:4].tolist()
+    x, velocity = torch.randn(2, 3), torch.randn(2, 3)
+    scheduler.set_begin_index(2)
+    theirs = scheduler.step(velocity, scheduler.timesteps[2], x).prev_sample
+    sigma, sigma_next = t / (1 - t), t_next / (1 - t_next)
+    z, denoised = x / (1 - t), x - t * velocity
+    ours = z + (sigma_next - sigma) * (z - denoised) / sigma  # EDM (arXiv 2206.00364), Alg. 1
+    assert_close(ours * (1 - t_next), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_weight_of_a_velocity_is_one_over_c_out_squared():
+    preconditioning = RectifiedFlowPreconditioning()
+    weight = preconditioning.weight(SIGMAS.float())
+    assert_close(weight * preconditioning(SIGMAS).c_out ** 2, torch.ones(41), rtol=1e-5, atol=0)
+
+
+def test_flow_models_train_on_a_logit_normal_t_and_a_shift_multiplies_sigma():
+    plain = tiny_dit_config(preconditioning="rectified_flow")
+    shifted = tiny_dit_config(preconditioning="rectified_flow", noise_schedule={"shift": 3.0})
+    t = torch.tensor([0.01, 0.3, 0.5, 0.9], dtype=torch.float64)
+    expected = torch.special.ndtr(torch.logit(t))  # SD3 (arXiv 2403.03206), section 3.1, m = 0, s = 1
+    assert_close(plain.make_partition().noise.cdf(t / (1 - t)), expected, rtol=0, atol=1e-7)
+    assert_close(shifted.make_partition().noise.cdf(3 * t / (1 - t)), expected, rtol=0, atol=1e-7)
+    assert plain.make_partition().edges[0] == 999.0 and plain.make_partition().edges[-1] == 1 / 999
+
+
+@pytest.mark.parametrize("kind", ["edm", "vp_epsilon", "rectified_flow"])
+def test_what_the_network_is_told_leads_back_to_the_noise_level(kind):
+    preconditioning = {
+        "edm": EDMPreconditioning(),
+        "vp_epsilon": vp("linear")[0],
+        "rectified_flow": RectifiedFlowPreconditioning(),
+    }[kind]
+    sigma = SIGMAS[SIGMAS > 0.02]
+    assert_close(preconditioning.sigma_of(preconditioning(sigma).c_noise), sigma, rtol=2e-4, atol=0)
 
 
 def test_expanding_puts_one_value_beside_each_sample():

@@ -189,6 +189,10 @@ class GaussianModel(BlockedPreTrainedModel):
     def make_block(self, block: int) -> nn.Module:
         return _Shift()
 
+    def conditioning(self, batch: dict[str, Tensor], drop: Tensor | None = None, null: Any = None) -> dict[str, Tensor]:
+        labels = batch["class_labels"]
+        return {"class_labels": labels if drop is None else torch.where(drop, NUM_CLASSES, labels)}
+
     def denoise(self, z: Tensor, sigma: Tensor | float, *, block: int | None = None, **conditioning: Any) -> Tensor:
         self.seen.append((block, z, sigma, conditioning["class_labels"]))
         return super().denoise(z, sigma, block=block, **conditioning)

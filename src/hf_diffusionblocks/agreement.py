@@ -14,6 +14,7 @@ from torch import Tensor
 SAME_MODEL = (
     "model_type",
     "dtype",
+    "base_class",
     "base_config",
     "base_revision",
     "num_blocks",

@@ -330,6 +330,11 @@ def _sample(args: argparse.Namespace) -> None:
 
     jobs.check_model_path(args.model)
     family = jobs.family_of(args.model)
+    if FAMILIES[family].job == "classification":
+        raise ValueError(
+            f"{args.model} is a classifier, which draws no samples: score it with evaluate, or classify files with "
+            f"transformers' pipeline('image-classification', {args.model!r})."
+        )
     text = FAMILIES[family].has_text
     for name in _IMAGE_OPTIONS if text else _TEXT_OPTIONS:
         if getattr(args, name) not in (None, False):

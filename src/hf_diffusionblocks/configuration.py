@@ -1,5 +1,6 @@
 """The config of every blocked model: base config, partition and preconditioning. `config.json` is the whole truth."""
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
@@ -20,10 +21,17 @@ from .config_checks import (
 )
 from .noise import LogNormalNoise
 from .partition import BlockPartition
-from .preconditioning import PRECONDITIONINGS, EDMPreconditioning, Preconditioning, VPEpsilonPreconditioning
+from .preconditioning import (
+    PRECONDITIONINGS,
+    EDMPreconditioning,
+    Preconditioning,
+    RectifiedFlowPreconditioning,
+    VPEpsilonPreconditioning,
+)
 from .suggest import unknown_name
 
 PARTITIONS = ("equal_probability", "uniform", "log_uniform", "equal_information", "explicit")
+_FLOW_SCHEDULE = ("num_train_timesteps", "shift")
 # What has to be stored with partitions whose edges do not follow from the other settings.
 _NEED_EDGES = {
     "explicit": "B + 1 noise levels from sigma_max down to sigma_min.",
@@ -62,11 +70,15 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             never depends on how they were computed.
         overlap: gamma of App. C, by which training ranges reach over the edges.
         noise: ``p_mean``, ``p_std``, ``sigma_min``, ``sigma_max`` of the training distribution.
-        preconditioning: ``edm`` or ``vp_epsilon`` (pretrained DDPM-style networks).
+        preconditioning: ``edm``, ``vp_epsilon`` (pretrained DDPM-style networks) or ``rectified_flow`` (networks that
+            predict a velocity, as SD3 and Flux do).
         sigma_data: standard deviation of the data (``edm``).
         noise_scale: factor on ``c_noise`` (``edm``).
         noise_schedule: ``num_train_timesteps``, ``beta_start``, ``beta_end``, ``beta_schedule``, ``trained_betas`` of
-            the base's diffusers scheduler (``vp_epsilon``).
+            the base's diffusers scheduler (``vp_epsilon``); ``num_train_timesteps`` and ``shift`` of a flow-matching
+            one (``rectified_flow``; optional). Then ``noise`` defaults to SD3's logit-normal t (arXiv 2403.03206,
+            section 3.1) from 0.001 to 0.999: ``p_mean = ln shift``, ``p_std = 1``, because logit t = ln sigma and a
+            shift multiplies sigma.
         base_model: Hub id of the pretrained base, if it was loaded from there.
         base_revision: SHA-256 of the pretrained base's weights; blocks of one model come from the same.
 
@@ -160,6 +172,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         if self.preconditioning == "vp_epsilon":
             sigmas = self.make_preconditioning().sigmas
             settings = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1]), **settings}
+        elif self.preconditioning == "rectified_flow":
+            settings = self._flow_noise() | settings
         known = ("p_mean", "p_std", "sigma_min", "sigma_max")
         for name in settings:
             if name not in known:
@@ -176,6 +190,17 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         if self.partition in _NEED_EDGES:
             raise ValueError(f"partition={self.partition!r} needs edges: {_NEED_EDGES[self.partition]}")
         return getattr(BlockPartition, self.partition)(self.num_blocks, self.num_layers, **shape)
+
+    def _flow_noise(self) -> dict[str, float]:
+        """What the training distribution of a rectified flow is unless ``noise`` says otherwise."""
+        schedule = self.noise_schedule or {}
+        for name in schedule:
+            if name not in _FLOW_SCHEDULE:
+                raise ValueError(unknown_name("noise_schedule setting", name, _FLOW_SCHEDULE))
+        shift = schedule.get("shift", 1.0)
+        if not isinstance(shift, (int, float)) or isinstance(shift, bool) or not shift > 0:
+            raise ValueError(f"noise_schedule has shift={shift!r}; it must be a positive number, 1 for none.")
+        return {"p_mean": math.log(shift), "p_std": 1.0, "sigma_min": 1 / 999, "sigma_max": 999.0}
 
     @cached_property
     def _schedule_alphas(self) -> tuple[float, ...]:
@@ -196,6 +221,8 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         """The preconditioning that this config describes."""
         if self.preconditioning == "edm":
             return EDMPreconditioning(self.sigma_data, self.noise_scale)
+        if self.preconditioning == "rectified_flow":
+            return RectifiedFlowPreconditioning((self.noise_schedule or {}).get("num_train_timesteps", 1000))
         return VPEpsilonPreconditioning(self._schedule_alphas)
 
     def to_dict(self) -> dict[str, Any]:

@@ -17,13 +17,12 @@ from torch import nn
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
-from .families.causal_lm_config import BlockedCausalLMConfig
+from .families.categorical_config import PLAIN, CategoricalConfig
 from .families.loading import blocked_config_of
 from .memory_alternatives import WHOLE, Alternatives, compare, human
 from .memory_counting import KINDS, MemoryUse, measure_memory, measure_step
 from .memory_fake_steps import FakeStep, recut, resident
 from .modeling import BlockedPreTrainedModel
-from .objectives import default_objective
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS, OPTIMIZERS
 from .training.block_trainer import Objective
@@ -204,7 +203,6 @@ def plan_memory(
     device = _device(device)
     config = given if num_blocks in (None, given.num_blocks) else recut(given, num_blocks=num_blocks)
     plain = end_to_end_config(config)
-    objective = objective or default_objective(config)
     step = FakeStep(make, batch_size, dtype, mixed_precision, objective, device, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
     blocks = range(config.num_blocks)
@@ -261,10 +259,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def end_to_end_config(config: DiffusionBlocksConfig) -> DiffusionBlocksConfig:
-    """The config of the same layers in one block; of a language model, an ordinary one."""
+    """The config of the same layers in one block; of a language model or classifier, an ordinary one."""
     plain: dict[str, Any] = {"num_blocks": 1, "partition": "equal_probability"}
-    if isinstance(config, BlockedCausalLMConfig):
-        plain |= {"readout": "clean", "context": "independent", "auxiliary_layers": 0}
+    if isinstance(config, CategoricalConfig):
+        plain |= PLAIN
     return recut(config, **plain)
 
 

@@ -53,6 +53,11 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
     def __init__(self, model: BlockedDiTModel, scheduler: Any = None, vae: AutoencoderKL | None = None):
         super().__init__()
+        if not model.config.num_classes:
+            raise ValueError(
+                f"this model is of a {model.config.base_class}, which takes prompts: give model.as_transformer() to "
+                "the diffusers pipeline of its base in the place of its transformer."
+            )
         self.register_modules(model=model, scheduler=scheduler, vae=vae)
 
     def enable_block_streaming(self, *args: Any, **kwargs: Any) -> None:

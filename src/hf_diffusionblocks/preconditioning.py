@@ -3,7 +3,7 @@ r"""Preconditioning: from a raw network F to the denoiser D (EDM, arXiv 2206.003
 .. math:: D(z, \sigma) = c_{skip}(\sigma)\, z + c_{out}(\sigma)\, F\big(c_{in}(\sigma)\, z,\; c_{noise}(\sigma)\big)
 
 with the loss weight :math:`w(\sigma) = 1 / c_{out}^2`, which makes the effective target of F of the same size at every
-noise level. Two kinds:
+noise level. Three kinds:
 
 ``edm``
     for networks trained here; ``c_noise = ln(sigma) / 4``.
@@ -11,6 +11,16 @@ noise level. Two kinds:
     for pretrained DDPM-style networks that predict the noise at discrete steps (EDM, Table 1, column VP):
     :math:`D = z - \sigma F(z / \sqrt{1 + \sigma^2}, t(\sigma))`, with t the training step whose noise-to-signal ratio
     :math:`\sqrt{(1 - \bar\alpha_t) / \bar\alpha_t}` is sigma.
+``rectified_flow``
+    for networks that predict the velocity of a straight path (SD3, arXiv 2403.03206, section 2; Flux). With
+    :math:`x_t = (1 - t) y + t\,\epsilon` and :math:`v = \epsilon - y`,
+
+    .. math:: z = x_t / (1 - t) = y + \sigma\epsilon, \qquad \sigma = t / (1 - t), \qquad D = x_t - t\,F(x_t, t)
+
+    because :math:`x_t - t v = y`. So ``c_skip = c_in = 1 - t = 1 / (1 + sigma)`` and ``c_out = -t``.
+
+What the network is told, c_noise, is in the units of its timestep embedding; ``sigma_of`` is the way back, by which a
+call that names a timestep finds its block.
 """
 
 from dataclasses import dataclass
@@ -21,7 +31,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-PRECONDITIONINGS = ("edm", "vp_epsilon")
+PRECONDITIONINGS = ("edm", "vp_epsilon", "rectified_flow")
 
 
 class Coefficients(NamedTuple):
@@ -60,6 +70,10 @@ class EDMPreconditioning:
     def weight(self, sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         """Loss weight ``(sigma^2 + sigma_data^2) / (sigma sigma_data)^2 = 1 / c_out^2``, [B]."""
         return (sigma**2 + self.sigma_data**2) / (sigma * self.sigma_data) ** 2
+
+    def sigma_of(self, timestep: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """The noise level of ``c_noise / noise_scale``, float64: diffusers' EDM schedulers count ``ln(sigma) / 4``."""
+        return (4 * timestep.double()).exp()
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,42 @@ class VPEpsilonPreconditioning:
         """Loss weight ``1 / sigma^2 = 1 / c_out^2``: the plain error of the predicted noise, [B]."""
         return 1 / sigma**2
 
+    def sigma_of(self, timestep: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """The noise-to-signal ratio of training steps, between steps interpolated in log sigma, float64."""
+        steps = self.sigmas.log().numpy()
+        log_sigma = np.interp(timestep.double().cpu().numpy(), np.arange(len(steps)), steps)
+        return torch.from_numpy(np.atleast_1d(np.exp(log_sigma))).to(timestep.device)
 
-Preconditioning = EDMPreconditioning | VPEpsilonPreconditioning
+
+@dataclass(frozen=True)
+class RectifiedFlowPreconditioning:
+    """A velocity on the straight path from data to noise as a denoiser (SD3, arXiv 2403.03206, section 2).
+
+    Args:
+        num_train_timesteps: the network is told ``num_train_timesteps * t``, t in [0, 1].
+    """
+
+    num_train_timesteps: int = 1000
+
+    def __call__(self, sigma: Float[Tensor, "batch"]) -> Coefficients:
+        """Coefficients for noise levels [B]."""
+        sigma = sigma.to(torch.float32)
+        t = sigma / (1 + sigma)
+        return Coefficients(
+            c_skip=1 / (1 + sigma), c_out=-t, c_in=1 / (1 + sigma), c_noise=self.num_train_timesteps * t
+        )
+
+    def weight(self, sigma: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """Loss weight ``(1 + 1 / sigma)^2 = 1 / t^2 = 1 / c_out^2``: the plain error of the velocity, [B]."""
+        return (1 + 1 / sigma) ** 2
+
+    def sigma_of(self, timestep: Float[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """``t / (1 - t)`` of timesteps ``num_train_timesteps * t``, float64; infinite at t = 1, pure noise."""
+        t = (timestep.double() / self.num_train_timesteps).clamp(0, 1)
+        return t / (1 - t)
+
+
+Preconditioning = EDMPreconditioning | VPEpsilonPreconditioning | RectifiedFlowPreconditioning
 
 
 def expand(coefficient: Float[Tensor, "batch"], like: Tensor) -> Tensor:

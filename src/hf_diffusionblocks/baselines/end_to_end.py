@@ -61,7 +61,7 @@ def baseline_recipe(
     values["method"], values["match"] = method, match
     if plain is not None:
         kept = {k: v for k, v in values["blocks"].items() if k in recipe.kind.kept}
-        values["blocks"] = {"num_blocks": 1, **kept, **plain}
+        values["blocks"] = {**kept, "num_blocks": 1, **plain}
         values["training"] = {k: v for k, v in values["training"].items() if k not in _OF_BLOCKS}
     else:
         dropped = ("edges", "layers_per_block", "partition")

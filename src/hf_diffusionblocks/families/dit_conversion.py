@@ -1,4 +1,4 @@
-"""Where a DiT that is to be cut comes from, and what its scheduler says about how it was trained."""
+"""Where a transformer that is to be cut comes from, and what its scheduler says about how it was trained."""
 
 import os
 from collections.abc import Mapping
@@ -7,13 +7,15 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline, DiTTransformer2DModel, SchedulerMixin
+from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, DiTTransformer2DModel, ModelMixin, SchedulerMixin
 
-BASE_CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")
+from .transformer_classes import TRANSFORMER_CLASSES, class_of, cuttable
+
+FLOW_SETTINGS = ("num_train_timesteps", "shift")
 SCHEDULE_SETTINGS = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
-def load_base(base: Any, dtype: Any = None, **hub: Any) -> tuple[DiTTransformer2DModel, dict | None]:
+def load_base(base: Any, dtype: Any = None, **hub: Any) -> tuple[ModelMixin, dict | None]:
     """The base network and, where there is one, its scheduler's config.
 
     Args:
@@ -21,21 +23,25 @@ def load_base(base: Any, dtype: Any = None, **hub: Any) -> tuple[DiTTransformer2
         dtype: to load it in; by default the files'.
         **hub: ``revision``, ``token``, ``cache_dir``.
     """
-    if isinstance(base, DiTPipeline):
-        return _as_dit(base.transformer), dict(base.scheduler.config)
+    if isinstance(base, DiffusionPipeline):
+        network = getattr(base, "transformer", None) or getattr(base, "unet", None)
+        return checked_class(network), {"_class_name": type(base.scheduler).__name__, **base.scheduler.config}
     if isinstance(base, (str, os.PathLike)):
         root, name = Path(base), str(base)
         if root.is_absolute() and not root.is_dir():
             raise ValueError(f"{name} is not a directory. Give a saved DiT's directory or a Hub id.")
         place, config = find_dit(name, **hub)
-        if config.get("_class_name") not in BASE_CLASS_NAMES:
-            kind = config.get("_class_name") or config.get("model_type") or "an unknown model"
-            raise ValueError(f"{name} holds {kind}, which BlockedDiTModel cannot cut: give a DiT or a DiTPipeline.")
+        kind = class_of(config) if "_class_name" in config else None
+        if kind is None:
+            what = config.get("_class_name") or config.get("model_type") or "an unknown model"
+            raise ValueError(
+                f"{name} holds {what}, which BlockedDiTModel cannot cut: give a {cuttable()}, or a pipeline of one."
+            )
         if isinstance(dtype, str):
             dtype = None if dtype == "auto" else getattr(torch, dtype.removeprefix("torch."))
-        transformer = DiTTransformer2DModel.from_pretrained(name, torch_dtype=dtype, **place, **hub)
-        return _as_dit(transformer), scheduler_config(name, **hub)
-    return _as_dit(base), None
+        transformer = kind.model.from_pretrained(name, torch_dtype=dtype, **place, **hub)
+        return checked_class(transformer), scheduler_config(name, **hub)
+    return checked_class(base), None
 
 
 def scheduler_config(name: str, **hub: Any) -> dict | None:
@@ -50,7 +56,8 @@ def base_preconditioning(settings: Mapping[str, Any], scheduler: Mapping[str, An
     """Settings with the preconditioning that a base's scheduler implies, where they give none.
 
     A scheduler that predicts epsilon belongs to a DDPM-style network: ``vp_epsilon`` with its noise schedule (EDM,
-    arXiv 2206.00364, Table 1, VP). Without a scheduler nothing is known, and ``edm`` stays the default.
+    arXiv 2206.00364, Table 1, VP); a flow-matching one to ``rectified_flow``. Without a scheduler nothing is known, and
+    the class's own or ``edm`` stays the default.
 
     Raises:
         ValueError: for a scheduler of another prediction, which no preconditioning here stands for.
@@ -58,16 +65,20 @@ def base_preconditioning(settings: Mapping[str, Any], scheduler: Mapping[str, An
     settings = dict(settings)
     if scheduler is None:
         return settings
+    kind = scheduler.get("prediction_type", "epsilon")
+    flow = "FlowMatch" in str(scheduler.get("_class_name")) or kind == "flow_prediction"
     if "preconditioning" not in settings:
-        kind = scheduler.get("prediction_type", "epsilon")
-        if kind != "epsilon":
+        if not flow and kind != "epsilon":
             raise ValueError(
-                f"the base's scheduler has prediction_type={kind!r}; only networks that predict epsilon can be "
-                "converted as they are. Give preconditioning='edm' to train the converted network anew."
+                f"the base's scheduler has prediction_type={kind!r}; only networks that predict epsilon or a velocity "
+                "along a straight path can be converted as they are. Give preconditioning='edm' to train the converted "
+                "network anew."
             )
-        settings["preconditioning"] = "vp_epsilon"
-    if settings["preconditioning"] == "vp_epsilon" and "noise_schedule" not in settings:
-        settings["noise_schedule"] = {k: scheduler[k] for k in SCHEDULE_SETTINGS if scheduler.get(k) is not None}
+        settings["preconditioning"] = "rectified_flow" if flow else "vp_epsilon"
+    known = {"vp_epsilon": SCHEDULE_SETTINGS, "rectified_flow": FLOW_SETTINGS if flow else ()}
+    names = known.get(settings["preconditioning"], ())
+    if names and "noise_schedule" not in settings:
+        settings["noise_schedule"] = {k: scheduler[k] for k in names if scheduler.get(k) is not None}
     return settings
 
 
@@ -89,7 +100,7 @@ def load_components(name: str, **hub: Any) -> tuple[SchedulerMixin | None, Autoe
 
 def find_dit(name: str, **hub: Any) -> tuple[dict[str, str], dict[str, Any]]:
     """Where a DiT lies in a directory or repository, at its root or in a pipeline's folder, and its config."""
-    for place in ({}, {"subfolder": "transformer"}):
+    for place in ({}, {"subfolder": "transformer"}, {"subfolder": "unet"}):
         try:
             return place, DiTTransformer2DModel.load_config(name, **place, **hub)
         except OSError as error:
@@ -99,10 +110,18 @@ def find_dit(name: str, **hub: Any) -> tuple[dict[str, str], dict[str, Any]]:
     ) from problem
 
 
-def _as_dit(base: Any) -> DiTTransformer2DModel:
-    if not isinstance(base, DiTTransformer2DModel):
+def checked_class(base: Any) -> ModelMixin:
+    """A base whose class can be cut.
+
+    Raises:
+        ValueError: naming its class and those that can.
+    """
+    if type(base).__name__ not in TRANSFORMER_CLASSES:
+        why = ""
+        if "UNet" in type(base).__name__:
+            why = " (the skip connections of a U-Net tie its first layers to its last)"
         raise ValueError(
-            f"{type(base).__name__} cannot be cut by BlockedDiTModel: give a diffusers {BASE_CLASS_NAMES[0]}, a "
-            "DiTPipeline, or the directory or Hub id of one."
+            f"{type(base).__name__} cannot be cut by BlockedDiTModel{why}: give a diffusers {cuttable()}, a pipeline "
+            "of one, or the directory or Hub id of one."
         )
     return base

@@ -10,6 +10,7 @@ from ..configuration import DiffusionBlocksConfig
 from ..masking import SCHEDULES, MaskNoise, MaskSchedule, make_schedule
 from ..partition import BlockPartition
 from ..suggest import unknown_name
+from .categorical_config import fields_of
 from .causal_lm_config import complete_language_config
 
 # Ways to cut the mask rate: equal shares, or edges by hand. Its logarithm has no lower end.
@@ -46,8 +47,8 @@ class BlockedMaskedLMConfig(DiffusionBlocksConfig):
         >>> base = {"model_type": "bert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 6,
         ...         "num_attention_heads": 4, "vocab_size": 100}
         >>> config = BlockedMaskedLMConfig(base_config=base, num_blocks=3, mask_token_id=4)
-        >>> [round(edge, 4) for edge in config.edges]
-        [1.0, 0.6667, 0.3333, 0.0]
+        >>> tuple(round(edge, 4) for edge in config.edges)
+        (1.0, 0.6667, 0.3333, 0.0)
     """
 
     model_type = "blocked_masked_lm"
@@ -184,5 +185,4 @@ def check_mask_token(mask_token_id: int | None, vocab_size: int) -> None:
 
 def config_fields() -> frozenset[str]:
     """Settings of a blocked masked language model besides its base and number of blocks."""
-    fields = set(BlockedMaskedLMConfig.__annotations__) | set(DiffusionBlocksConfig.__annotations__)
-    return frozenset(fields - {"base_config", "num_blocks"})
+    return fields_of(BlockedMaskedLMConfig)

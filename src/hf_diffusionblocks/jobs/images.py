@@ -235,7 +235,11 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
     scheduler, vae = load_components(base, **hub_settings(settings))
     if model.config.preconditioning != "vp_epsilon":
         scheduler = None  # it is for the noise levels that the base was trained on
-    BlockedDiTPipeline(model, scheduler, vae).save_pretrained(target)
+    if model.config.num_classes:
+        BlockedDiTPipeline(model, scheduler, vae).save_pretrained(target)
+    else:  # sampled by the base's own pipeline, with model.as_transformer()
+        scheduler = vae = None
+        model.save_pretrained(target)
     say(format_block_parameters(model))
     kept = [name for name, part in (("scheduler", scheduler), ("VAE", vae)) if part is not None]
     say(f"preconditioning {model.config.preconditioning}; kept from the base: {', '.join(kept) or 'its weights only'}")

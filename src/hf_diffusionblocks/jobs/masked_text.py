@@ -183,7 +183,7 @@ def sample_masked(
     if prompts is not None:
         given["prompts"] = prompts
     chosen = replace(recipe.sampling if recipe is not None else MaskedSampling(), **given)
-    model, tokenizer = load_model(model_dir, block_streaming, BlockedForMaskedLM)
+    model, tokenizer = load_model(model_dir, block_streaming)
     texts = []
     for i, prompt in enumerate(chosen.prompts):
         texts.append(fill_text(model, tokenizer, prompt, chosen, seed=seed + i))
@@ -196,7 +196,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
-    model, tokenizer = load_model(model_dir, kind=BlockedForMaskedLM)
+    model, tokenizer = load_model(model_dir)
     test_data = load_held_out(recipe, tokenizer)
     model.check_batch(test_data[[0]])
     figures = score_masked_text(model, test_data, tokenizer, recipe.evaluation, seed=seed)

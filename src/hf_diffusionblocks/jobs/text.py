@@ -69,7 +69,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     small_config = BlockedCausalLMConfig(base_config=base, num_blocks=1, **plain)
     small_cost = training_flops(small_config, batch_size=batch_size, **checkpointing, **tokens)
     with torch.device("meta"):
-        model = BlockedForCausalLM(config)
+        model = recipe.kind.model_class(config)
     layer = sum(p.numel() for p in model.block(0).model.layers[0].parameters())
     small = small_model(layer, cost, small_cost, layers, read)
     advised = advice(config, cost, small)

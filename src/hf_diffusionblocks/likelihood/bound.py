@@ -77,6 +77,18 @@ class NoiseSampling:
         return log_sigma.exp(), (-2 * log_sigma).exp() * self.width / self.mass[cell]
 
 
+class RowNoiseSampling(NoiseSampling):
+    """The same with one noise level for all tokens of a row, stratified over the rows: for a denoiser whose tokens see
+    each other's noisy targets at one level."""
+
+    def __call__(
+        self, rows: int, tokens: int, generator: torch.Generator | None
+    ) -> tuple[Float[Tensor, "rows tokens"], Float[Tensor, "rows tokens"]]:
+        """As ``NoiseSampling.__call__``."""
+        sigma, weight = super().__call__(1, rows, generator)
+        return sigma[0, :, None].expand(rows, tokens), weight[0, :, None].expand(rows, tokens)
+
+
 @dataclass
 class Draw:
     """One noise level per token.

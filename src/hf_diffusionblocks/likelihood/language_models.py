@@ -35,7 +35,17 @@ from transformers import PreTrainedModel
 from ..families.causal_lm import BlockedForCausalLM
 from ..objectives.next_token import next_tokens
 from ..suggest import unknown_name
-from .bound import Errors, NoiseSampling, check_draws, cross_entropy_at, draw_range, noisy_at, prior_nats, summarise
+from .bound import (
+    Errors,
+    NoiseSampling,
+    RowNoiseSampling,
+    check_draws,
+    cross_entropy_at,
+    draw_range,
+    noisy_at,
+    prior_nats,
+    summarise,
+)
 from .result import Likelihood, LikelihoodBound, RowSums
 from .rows import BlockErrors, Targets, batches, evaluating, next_token_losses
 
@@ -184,7 +194,8 @@ def _checked_estimator(model: BlockedForCausalLM, estimator: str | None) -> str:
 def range_samplings(model: BlockedForCausalLM, sampling: str) -> list[NoiseSampling]:
     """The distribution of noise levels in each block's own range."""
     partition = model.partition
-    return [NoiseSampling(*partition.range(b), sampling) for b in range(partition.num_blocks)]
+    kind = RowNoiseSampling if getattr(model.config, "noise_per", "token") == "row" else NoiseSampling
+    return [kind(*partition.range(b), sampling) for b in range(partition.num_blocks)]
 
 
 def walk(targets: Targets, denoiser: str) -> Iterator[tuple[int, BlockErrors]]:

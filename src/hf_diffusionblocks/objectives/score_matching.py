@@ -42,6 +42,9 @@ class DenoisingScoreMatching:
             same noisy samples becomes a second target (distillation).
         distillation_weight: factor on the distillation loss; the data loss has factor ``1 - distillation_weight``.
         horizontal_flip: mirror each image with probability 1/2, from the block's own random stream.
+        null_conditioning: for models of prompts, what the empty prompt is encoded to, by column, each of one sample
+            (``encoder_hidden_states`` [length, width], ...): it replaces the prompt of a share ``label_dropout`` of the
+            samples. Without it no prompt is dropped.
 
     Raises:
         ValueError: for a weight outside [0, 1], or one that needs a teacher and has none.
@@ -50,6 +53,7 @@ class DenoisingScoreMatching:
     teacher: BlockedPreTrainedModel | None = None
     distillation_weight: float = 0.0
     horizontal_flip: bool = False
+    null_conditioning: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.distillation_weight <= 1:
@@ -71,10 +75,14 @@ class DenoisingScoreMatching:
         Args:
             model: the blocked model.
             block: which block; no other block takes part.
-            batch: ``pixel_values`` [batch, channels, height, width] and ``class_labels`` [batch].
+            batch: ``pixel_values`` [batch, channels, height, width], images in [-1, 1] or latents as the model works
+                with them, and ``class_labels`` [batch]; for models of prompts instead the columns that the model is
+                conditioned on, encoded beforehand: ``encoder_hidden_states`` [batch, length, width] and, as the class
+                has them, ``encoder_attention_mask`` [batch, length], ``pooled_projections`` [batch, width] or
+                ``guidance`` [batch].
             generator: CPU generator of everything random here: flips, noise levels, noise, label dropout.
         """
-        y, labels = batch["pixel_values"].float(), batch["class_labels"]
+        y = batch["pixel_values"].float()
         n, device = len(y), y.device
         if self.horizontal_flip:
             flip = _uniform(n, generator, device) < 0.5
@@ -83,7 +91,7 @@ class DenoisingScoreMatching:
         epsilon = torch.randn(y.shape, generator=generator, device="cpu").to(device, non_blocking=True)
         z = y + sigma[:, None, None, None] * epsilon
         drop = _uniform(n, generator, device) < model.config.label_dropout
-        conditioning: dict[str, Any] = {"class_labels": torch.where(drop, model.config.num_classes, labels)}
+        conditioning = model.conditioning(batch, drop, self.null_conditioning)
         denoised = model.denoise(z, sigma, block=block, **conditioning)
         weight = model.preconditioning.weight(sigma)
         data = weighted_error(denoised, y, weight)
@@ -144,7 +152,7 @@ def held_out_loss(
 
     Args:
         model: a blocked model with all blocks resident.
-        dataset: ``dataset[list of indices]`` gives ``pixel_values`` and ``class_labels``.
+        dataset: ``dataset[list of indices]`` gives ``pixel_values`` and ``class_labels``, or the prompts' columns.
         num_draws: noise draws per image.
         edges: descending noise levels to report ranges by; the model's own by default.
         max_samples: use the first so many images only.
@@ -167,7 +175,8 @@ def held_out_loss(
         batch = dataset[(rows % count).tolist()]
         y, sigma = batch["pixel_values"].to(device, torch.float32), sigmas[rows].to(device)
         z = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=generator).to(device)
-        denoised = denoise_routed(model, z, sigma, class_labels=batch["class_labels"].to(device))
+        conditioning = {name: value.to(device) for name, value in model.conditioning(batch).items()}
+        denoised = denoise_routed(model, z, sigma, **conditioning)
         losses[rows] = weighted_error(denoised, y, model.preconditioning.weight(sigma)).double().cpu()
     model.train(training)
     per_range = []

@@ -15,7 +15,17 @@ from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from .families import FAMILIES, Family, check_text_recipe, language_model_config
-from .sections import ImageData, ImageEvaluation, ImageSampling, MaskedSampling, TextData, TextEvaluation, TextSampling
+from .sections import (
+    ClassEvaluation,
+    ClassPrediction,
+    ImageData,
+    ImageEvaluation,
+    ImageSampling,
+    MaskedSampling,
+    TextData,
+    TextEvaluation,
+    TextSampling,
+)
 
 METHODS = ("blocked", "end_to_end", "shallow")
 MATCHES = ("updates", "compute")
@@ -46,8 +56,8 @@ class Recipe:
     blocks: dict[str, Any] = field(default_factory=dict)
     data: ImageData | TextData = field(default_factory=ImageData)
     training: dict[str, Any] = field(default_factory=dict)
-    sampling: ImageSampling | TextSampling | MaskedSampling = field(default_factory=ImageSampling)
-    evaluation: ImageEvaluation | TextEvaluation = field(default_factory=ImageEvaluation)
+    sampling: ImageSampling | TextSampling | MaskedSampling | ClassPrediction = field(default_factory=ImageSampling)
+    evaluation: ImageEvaluation | TextEvaluation | ClassEvaluation = field(default_factory=ImageEvaluation)
 
     @property
     def kind(self) -> Family:

@@ -8,14 +8,19 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
-from ..families import causal_lm_config, dit, masked_lm_config
+from ..families import causal_lm_config, dit, image_classification_config, masked_lm_config, recurrent_config
+from ..families.categorical_config import PLAIN
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
+from ..families.image_classification import BlockedForImageClassification
 from ..families.masked_lm import BlockedForMaskedLM
+from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from .sections import (
     TRAINED_TOKENIZERS,
+    ClassEvaluation,
+    ClassPrediction,
     ImageData,
     ImageEvaluation,
     ImageSampling,
@@ -52,6 +57,18 @@ def transformers_keys(model: Mapping[str, Any]) -> list[str]:
         raise ValueError(unknown_name("model.model_type", kind, CONFIG_MAPPING))
     known = [name for name in CONFIG_MAPPING[kind]().to_dict() if not name.startswith("_")]
     return ["base", "model_type", *known, *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"]
+
+
+def classifier_keys(model: Mapping[str, Any]) -> list[str]:
+    """Keys that the section ``model`` of an image classifier may have.
+
+    Raises:
+        ValueError: for a ``model_type`` that cannot be cut.
+    """
+    kinds = image_classification_config.PREFIX
+    if "base" not in model and model.get("model_type", "vit") not in kinds:
+        raise ValueError(unknown_name("model.model_type", model["model_type"], kinds))
+    return [*transformers_keys(model), "num_labels"]
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class Family:
 
 
 _OF_A_RUN = {"pretrained", "trained_blocks"}
+_OF_SEVERAL_BLOCKS = {"context", "auxiliary_layers", "initialization", "layers_per_block", "edges", "partition"}
 
 FAMILIES = {
     "dit": Family(
@@ -128,9 +146,23 @@ FAMILIES = {
         "text",
         has_text=True,
         bases=("ForCausalLM", "LMHeadModel"),
-        plain={"readout": "clean", "context": "independent", "auxiliary_layers": 0},
+        plain=PLAIN,
         counts_compute=True,
         example="pydoc-llama",
+    ),
+    "image_classification": Family(
+        ImageData,
+        ClassPrediction,
+        ClassEvaluation,
+        BlockedForImageClassification,
+        image_classification_config.config_fields() - _OF_A_RUN - {"id2label", "label2id"} | {"num_blocks", "preset"},
+        "num_hidden_layers",
+        classifier_keys,
+        "classification",
+        bases=("ForImageClassification", "ForImageClassificationWithTeacher"),
+        plain=PLAIN,
+        counts_compute=True,
+        example="digits-vit",
     ),
     "masked_lm": Family(
         TextData,
@@ -148,6 +180,21 @@ FAMILIES = {
         counts_compute=True,
         hides_tokens=True,
         example="pydoc-md4",
+    ),
+    "recurrent": Family(
+        TextData,
+        TextSampling,
+        TextEvaluation,
+        BlockedRecurrentForCausalLM,
+        recurrent_config.config_fields() - _OF_A_RUN - _OF_SEVERAL_BLOCKS | {"preset"},
+        "num_hidden_layers",
+        transformers_keys,
+        "text",
+        has_text=True,
+        plain={"readout": "clean"},
+        kept=frozenset(recurrent_config.BlockedRecurrentConfig.__annotations__) - {"readout", "context", "noise_per"},
+        counts_compute=True,
+        example="pydoc-recurrent",
     ),
 }
 

@@ -215,6 +215,52 @@ class ImageEvaluation:
             )
 
 
+@dataclass
+class ClassPrediction:
+    """How a classifier predicts.
+
+    Attributes:
+        num_inference_steps: noise levels that a label is denoised on; by default the model's own, which for
+            ``readout="clean"`` are none: it reads the classes without noise.
+        num_draws: noise draws whose probabilities are averaged.
+    """
+
+    num_inference_steps: int | None = None
+    num_draws: int | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, "sampling.")
+        for name in ("num_inference_steps", "num_draws"):
+            if getattr(self, name) is not None:
+                _check_whole("sampling", self, **{name: 1})
+
+
+@dataclass
+class ClassEvaluation:
+    """How a trained classifier is scored.
+
+    Attributes:
+        held_out_samples: images to score; None for all.
+        batch_size: images per forward pass.
+        num_bins: of the calibration error.
+        steps: numbers of noise levels to give the accuracy for, where labels are denoised.
+    """
+
+    held_out_samples: int | None = None
+    batch_size: int = 250
+    num_bins: int = 15
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+
+    def __post_init__(self) -> None:
+        settle(self, "evaluation.")
+        _check_whole("evaluation", self, batch_size=1, num_bins=1)
+        if self.held_out_samples is not None:
+            _check_whole("evaluation", self, held_out_samples=1)
+        for steps in self.steps:
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"evaluation.steps={self.steps} must list whole numbers of at least 1.")
+
+
 def _check_whole(section: str, settings: Any, **lowest: int) -> None:
     """Raise a ``ValueError`` for a setting that is no whole number of at least its lowest value."""
     for name, low in lowest.items():
