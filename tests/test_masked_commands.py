@@ -52,7 +52,7 @@ def base_dir(tmp_path_factory) -> Path:
 
 
 def test_train_ends_with_pictures_figures_samples_and_a_card(run_dir):
-    for name in ("losses", "bound", "memory", "samples"):
+    for name in ("losses", "bound", "partition", "memory", "samples"):
         assert (run_dir / "figures" / f"{name}.png").stat().st_size > 1000
     figures = json.loads((run_dir / "figures" / "figures.json").read_text())
     shares = figures["bound_bits_per_character_per_block"]
