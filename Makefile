@@ -15,7 +15,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text demo-memory test test-slow lint bench clean
+.PHONY: help install demo demo-text demo-memory test test-slow lint docs bench clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -58,10 +58,13 @@ test-slow: $(STAMP) ## Run the tests that take minutes
 lint: $(STAMP) ## Check the style
 	$(PY) -m ruff check .
 
+docs: $(STAMP) ## Build the documentation's site into site/
+	$(PY) -m zensical build --clean --strict
+
 bench: $(STAMP) ## Memory and speed, or the scripts named: make bench BENCHMARKS=benchmarks/residency.py
 	@[ -n "$(strip $(BENCHMARKS))" ] || { echo "error: no script in benchmarks/" >&2; exit 1; }
 	@set -e; for script in $(BENCHMARKS); do echo "== $$script"; $(PY) "$$script"; done
 
 clean: ## Remove .venv, caches and build products (runs/ stays)
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

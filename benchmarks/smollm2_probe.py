@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from smollm2_arms import BATCH, LAYERS, LENGTH, Above
-from smollm2_rivals import activate, adamw, loss_of, make_rival, with_adapters
+from smollm2_rivals import adamw, badam_of, loss_of, make_rival, with_adapters
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -123,11 +123,13 @@ def rival(config: Any, checkpointing: bool = False, **settings: Any) -> dict:
         model.to_empty(device="cpu")
         base.tie_weights()
         if settings["name"] == "lora":
-            optimizer, visits = adamw((p for p in model.parameters() if p.requires_grad), 0.0), []
+            optimizer = adamw((p for p in model.parameters() if p.requires_grad), 0.0)
         else:
-            _, optimizer, visits = make_rival(settings, base, 0.0)
-        if visits:
-            optimizer = activate(base, visits[-1], 0.0)
+            _, optimizer = make_rival(settings, base, 0.0)
+        if optimizer is None:
+            blocks = badam_of(base, settings["blocks"], 1, 0.0)
+            blocks.activate([0])
+            optimizer = blocks.optimizer
         if checkpointing:
             base.enable_input_require_grads()
             enable_checkpointing(base, preserve_rng_state=False)

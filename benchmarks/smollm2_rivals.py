@@ -5,12 +5,14 @@ gradient, so that no gradient norm exists to be clipped.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from hf_diffusionblocks.baselines.block_coordinate import BlockCoordinate, badam
 from hf_diffusionblocks.losses import linear_cross_entropy
 from hf_diffusionblocks.objectives.next_token import next_tokens
 from hf_diffusionblocks.training.data_stream import SampleOrder
@@ -86,8 +88,15 @@ def with_adapters(base: Any, rank: int) -> Any:
     return get_peft_model(base, config)
 
 
-def make_rival(settings: dict, base: Any, lr: float) -> tuple[Any, torch.optim.Optimizer, list[list[nn.Parameter]]]:
-    """What is to be scored, its optimizer, and for ``badam`` the parameters of each block, from the last to the first.
+def badam_of(base: Any, blocks: int, switch: int, lr: float) -> BlockCoordinate:
+    """BAdam on blocks of equally many layers; embedding, last norm and head stay frozen."""
+    count = len(base.model.layers) // blocks
+    parts = [base.model.layers[b * count : (b + 1) * count] for b in range(blocks)]
+    return badam([[p for layer in part for p in layer.parameters()] for part in parts], partial(adamw, lr=lr), switch)
+
+
+def make_rival(settings: dict, base: Any, lr: float) -> tuple[Any, torch.optim.Optimizer | None]:
+    """What is to be scored, and its optimizer, of which ``badam`` makes one per visit (:func:`badam_of`).
 
     Args:
         settings: of the method, by its ``name``.
@@ -98,38 +107,27 @@ def make_rival(settings: dict, base: Any, lr: float) -> tuple[Any, torch.optim.O
     base.requires_grad_(False)
     if settings["name"] == "lora":
         model = with_adapters(base, settings["rank"])
-        return model, adamw((p for p in model.parameters() if p.requires_grad), lr), []
+        return model, adamw((p for p in model.parameters() if p.requires_grad), lr)
     if settings["name"] == "galore":
         base.requires_grad_(True)
         full = {id(base.model.embed_tokens.weight)}
-        return base, GaLore(base.parameters(), lr, settings["rank"], settings["gap"], settings["scale"], full), []
-    count = len(base.model.layers) // settings["blocks"]
-    visits = [
-        [p for layer in base.model.layers[b * count : (b + 1) * count] for p in layer.parameters()]
-        for b in reversed(range(settings["blocks"]))  # BAdam's default order: descending
-    ]
-    return base, activate(base, visits[0], lr), visits
-
-
-def activate(base: Any, parameters: list[nn.Parameter], lr: float) -> torch.optim.AdamW:
-    """BAdam's switch to a block: the others are frozen, the moments are new."""
-    base.requires_grad_(False)
-    for p in parameters:
-        p.requires_grad_(True)
-    return adamw(parameters, lr)
+        return base, GaLore(base.parameters(), lr, settings["rank"], settings["gap"], settings["scale"], full)
+    return base, None
 
 
 def train_rival(arm: Any, base: Any, train: Any, seed: int, after: Callable[[], None], batch: int) -> Any:
     """Train the base in place; returns what is to be scored."""
     settings = arm.rival
-    model, optimizer, visits = make_rival(settings, base, arm.lr)
+    model, optimizer = make_rival(settings, base, arm.lr)
+    blocks = badam_of(base, settings["blocks"], settings["switch"], arm.lr) if optimizer is None else None
     total = arm.updates * settings.get("blocks", 1)
     clock = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=arm.lr)  # outlives the optimizers of BAdam's blocks
     schedule = get_scheduler("linear", clock, max(1, round(total * arm.warmup)), total)
     data = batches(train, batch, seed)
     for update in range(total):
-        if visits and update and update % settings["switch"] == 0:
-            optimizer = activate(base, visits[update // settings["switch"] % len(visits)], arm.lr)
+        if blocks is not None:
+            blocks.start(update)
+            optimizer = blocks.optimizer
         for group in optimizer.param_groups:
             group["lr"] = schedule.get_last_lr()[0]
         with torch.autocast("cpu", torch.bfloat16):

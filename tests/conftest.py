@@ -29,7 +29,10 @@ import jaxtyping  # noqa: E402
 jaxtyping.install_import_hook(
     [
         f"hf_diffusionblocks.{module}"
-        for module in ("noise", "partition", "preconditioning", "objectives", "sampling", "conditioning", "likelihood")
+        for module in (
+            *("noise", "partition", "preconditioning", "objectives", "sampling", "conditioning", "likelihood"),
+            *("baselines.noprop", "baselines.noprop_schedules", "baselines.blocked_cnn", "baselines.forward_forward"),
+        )
     ],
     "beartype.beartype",
 )

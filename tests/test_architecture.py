@@ -11,6 +11,7 @@ ROOT = Path(hf_diffusionblocks.__file__).parent
 ORDER = [
     "auto_classes",
     "suggest",
+    "masking",
     "noise",
     "partition",
     "preconditioning",
@@ -32,6 +33,7 @@ ORDER = [
     "likelihood",
     "sampling",
     "generation",
+    "masked_generation",
     "pipelines",
     "hub",
     "merging",

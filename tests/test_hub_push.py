@@ -204,6 +204,28 @@ def test_a_dry_run_shows_what_would_be_sent_and_changes_nothing(hub, original):
     assert f"add    {size:>16,} bytes  {block_file(1)}" in str(planned)
 
 
+@pytest.mark.parametrize("how", ["no connection", "HF_HUB_OFFLINE is set"])
+def test_a_dry_run_without_the_hub_shows_the_most_that_would_be_sent(hub, original, monkeypatch, capsys, how):
+    with monkeypatch.context() as patch:
+        if how == "no connection":
+            patch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+        else:
+            patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        huggingface_hub.close_session()
+        planned = push_directory(original / "job-1", REPO, dry_run=True)
+        assert main(["push", str(original / "job-1"), REPO, "--dry-run"]) == 0
+        with pytest.raises(OSError, match="cannot push to someone/tiny"):
+            push_directory(original / "job-1", REPO)
+    told = capsys.readouterr().out
+    assert told.strip() == str(planned) and TOKEN not in told and hub.requests == []
+    assert f"The Hub was not asked ({how})" in told and "whether someone/tiny exists" in told
+    size = (original / "job-1" / block_file(1)).stat().st_size
+    assert f"send   {size:>16,} bytes  {block_file(1)}" in told
+    huggingface_hub.close_session()
+    sent = push_directory(original / "job-1", REPO)  # to an empty repository: just that
+    assert [(f.name, f.size) for f in planned.files] == [(f.name, f.size) for f in sent.files]
+
+
 # -- pushes that meet --------------------------------------------------------------------------------------------
 
 

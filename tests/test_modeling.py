@@ -18,6 +18,7 @@ from hf_diffusionblocks.modeling import BlockedPreTrainedModel, DenoiserOutput, 
 from hf_diffusionblocks.preconditioning import expand
 from tiny import IMAGE_SIZE, NUM_CLASSES, as_users_run, tiny_dit
 from tiny_prompts import FLUX, PIXART, SD3, prompts, tiny_flux, tiny_pixart, tiny_sd3
+from tiny_vit import WIDTH, images, new_vit
 
 BATCH = 4
 
@@ -30,11 +31,15 @@ class Family:
         build: ``build(num_blocks, blocks=None, seed=0)`` gives a tiny model in which nothing is zero-initialised.
         clean: a batch of clean samples.
         conditioning: what `denoise` takes besides, for that batch.
+        mlp: how the name of a layer's MLP ends.
+        is_denoiser: whether the model is EDM's denoiser of a raw network, and `forward` gives its estimate.
     """
 
     build: Callable[..., BlockedPreTrainedModel]
     clean: Callable[[], Tensor]
     conditioning: Callable[[], dict[str, Any]]
+    mlp: str
+    is_denoiser: bool = True
 
     def noisy(self, sigma: float) -> Tensor:
         return self.clean() + sigma * torch.randn(self.clean().shape, generator=torch.Generator().manual_seed(1))
@@ -48,11 +53,24 @@ def tiny_labels() -> dict[str, Tensor]:
     return {"class_labels": torch.tensor([0, 1, NUM_CLASSES - 1, NUM_CLASSES])}
 
 
+def tiny_vit(num_blocks: int, blocks: Any = None, seed: int = 0) -> BlockedPreTrainedModel:
+    return new_vit(num_blocks, blocks=blocks, seed=seed, perturbation=0.1, preset="paper").train()
+
+
+def tiny_targets() -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(BATCH, WIDTH, generator=torch.Generator().manual_seed(0)), dim=-1)
+
+
+def tiny_pictures() -> dict[str, Any]:
+    return {"pixel_values": images(BATCH)}
+
+
 FAMILIES = [
-    pytest.param(Family(tiny_dit, tiny_images, tiny_labels), id="dit"),
-    pytest.param(Family(tiny_pixart, tiny_images, partial(prompts, PIXART)), id="pixart"),
-    pytest.param(Family(tiny_sd3, tiny_images, partial(prompts, SD3)), id="sd3"),
-    pytest.param(Family(tiny_flux, tiny_images, partial(prompts, FLUX)), id="flux"),
+    pytest.param(Family(tiny_dit, tiny_images, tiny_labels, ".ff"), id="dit"),
+    pytest.param(Family(tiny_vit, tiny_targets, tiny_pictures, ".mlp", is_denoiser=False), id="image-classification"),
+    pytest.param(Family(tiny_pixart, tiny_images, partial(prompts, PIXART), ".ff"), id="pixart"),
+    pytest.param(Family(tiny_sd3, tiny_images, partial(prompts, SD3), ".ff"), id="sd3"),
+    pytest.param(Family(tiny_flux, tiny_images, partial(prompts, FLUX), ".ff"), id="flux"),
 ]
 
 
@@ -239,6 +257,8 @@ def test_the_table_of_parameters_adds_up(model, capsys):
 
 @pytest.mark.parametrize("block", [0, 1, 2])
 def test_the_denoiser_is_the_preconditioned_network(family, model, block):
+    if not family.is_denoiser:
+        pytest.skip("its estimate is the mean of the targets under its logits")
     sigma = torch.full((BATCH,), middle(model, block))
     z = family.noisy(float(sigma[0]))
     c = model.preconditioning(sigma)
@@ -272,6 +292,8 @@ def test_noise_levels_may_differ_within_a_batch(family, model):
 
 
 def test_forward_gives_what_denoise_gives(family, model):
+    if not family.is_denoiser:
+        pytest.skip("it is called as transformers' models of its task are")
     z, conditioning = family.noisy(0.3), family.conditioning()
     expected = model.denoise(z, 0.3, **conditioning)
     output = model(z, 0.3, **conditioning)
@@ -361,7 +383,7 @@ def test_checkpointing_recomputes_and_changes_nothing(family, model):
         return {n: p.grad.clone() for n, p in model.block_parameters(1)}
 
     calls = []
-    handle = next(m for n, m in model.named_modules() if n.startswith("blocks.1.") and n.endswith(".ff"))
+    handle = next(m for n, m in model.named_modules() if n.startswith("blocks.1.") and n.endswith(family.mlp))
     handle.register_forward_hook(lambda *_: calls.append(1))
     model.train()
     plain = gradients()

@@ -15,7 +15,7 @@ from tiny_text import base_lm
 def test_every_recipe_loads(name):
     recipe = load_recipe(name)
     assert recipe.name == name
-    assert recipe.blocks["num_blocks"] in (3, 4)
+    assert recipe.blocks["num_blocks"] in ((2, 3, 4) if recipe.family != "recurrent" else (1,))
     recipe.training_arguments()
     if "base" not in recipe.model:
         assert recipe.config().num_blocks == recipe.blocks["num_blocks"]
@@ -24,7 +24,10 @@ def test_every_recipe_loads(name):
 def test_the_recipes_that_come_with_the_package():
     images = {"digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"}
     text = {"pydoc-llama", "austen-llama", "lm1b-llama", "openwebtext-llama", "smollm2-finetune"}
-    assert set(recipe_names()) == images | text
+    classes = {"digits-vit", "fashion-mnist-vit", "cifar100-vit", "tiny-imagenet-vit"}
+    masked, recurrent = {"pydoc-md4", "text8-md4"}, {"pydoc-recurrent", "lm1b-huginn"}
+    assert set(recipe_names()) == images | text | classes | masked | recurrent
+    assert {name for name in recipe_names() if load_recipe(name).family == "image_classification"} == classes
     assert {name for name in recipe_names() if load_recipe(name).family == "causal_lm"} == text
 
 
@@ -37,6 +40,23 @@ def test_the_papers_settings_stand_in_the_recipes():
     imagenet = load_recipe("imagenet256-dit-l2")
     assert imagenet.training_arguments().learning_rate == 5e-5
     assert imagenet.config().num_layers == 24
+
+
+@pytest.mark.parametrize(("name", "blocks", "classes"), [("cifar100-vit", 3, 100), ("tiny-imagenet-vit", 2, 200)])
+def test_the_papers_settings_for_classifiers_stand_in_the_recipes(name, blocks, classes):
+    recipe = load_recipe(name)
+    args, config = recipe.training_arguments(), recipe.config()
+    assert (args.per_device_train_batch_size, args.learning_rate, args.num_train_epochs) == (128, 5e-4, 500)
+    assert (args.lr_scheduler_type, args.horizontal_flip, args.order) == ("cosine", True, None)
+    base = config.base_config
+    assert (config.num_layers, config.hidden_size, base["num_attention_heads"], base["patch_size"]) == (12, 128, 4, 4)
+    assert (base["hidden_dropout_prob"], config.num_blocks, config.num_classes) == (0.1, blocks, classes)
+    assert (config.readout, config.context, config.overlap, config.num_inference_steps) == (
+        "edm",
+        "independent",
+        0.05,
+        4,
+    )
 
 
 @pytest.mark.parametrize(("name", "length"), [("lm1b-llama", 256), ("openwebtext-llama", 3072)])

@@ -12,11 +12,21 @@ from .auto_classes import register_families
 if TYPE_CHECKING:
     from .families.causal_lm import BlockedCausalLMConfig, BlockedForCausalLM
     from .families.dit import BlockedDiTConfig, BlockedDiTModel
+    from .families.image_classification import BlockedForImageClassification, BlockedImageClassificationConfig
+    from .families.masked_lm import BlockedForMaskedLM, BlockedMaskedLMConfig
+    from .families.recurrent import BlockedRecurrentConfig, BlockedRecurrentForCausalLM
     from .generation import denoising_generate
+    from .masked_generation import unmask
     from .memory import plan_memory
     from .merging import merge_blocks
     from .noise import LogNormalNoise
-    from .objectives import DenoisingScoreMatching, NextTokenPrediction, held_out_loss
+    from .objectives import (
+        DenoisingScoreMatching,
+        LabelPrediction,
+        MaskedDiffusion,
+        NextTokenPrediction,
+        held_out_loss,
+    )
     from .partition import BlockPartition
     from .pipelines import BlockedDiTPipeline
     from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
@@ -30,15 +40,24 @@ _MODULES = {
     "BlockedDiTModel": "families.dit",
     "BlockedDiTPipeline": "pipelines",
     "BlockedForCausalLM": "families.causal_lm",
+    "BlockedForImageClassification": "families.image_classification",
+    "BlockedImageClassificationConfig": "families.image_classification",
+    "BlockedForMaskedLM": "families.masked_lm",
+    "BlockedMaskedLMConfig": "families.masked_lm",
+    "BlockedRecurrentConfig": "families.recurrent",
+    "BlockedRecurrentForCausalLM": "families.recurrent",
     "DenoisingScoreMatching": "objectives",
     "DiffusionBlocksTrainer": "training",
     "DiffusionBlocksTrainingArguments": "training",
+    "LabelPrediction": "objectives",
     "LogNormalNoise": "noise",
+    "MaskedDiffusion": "objectives",
     "NextTokenPrediction": "objectives",
     "denoising_generate": "generation",
     "held_out_loss": "objectives",
     "merge_blocks": "merging",
     "plan_memory": "memory",
+    "unmask": "masked_generation",
 }
 
 __all__ = [
@@ -48,15 +67,24 @@ __all__ = [
     "BlockedDiTModel",
     "BlockedDiTPipeline",
     "BlockedForCausalLM",
+    "BlockedForImageClassification",
+    "BlockedImageClassificationConfig",
+    "BlockedForMaskedLM",
+    "BlockedMaskedLMConfig",
+    "BlockedRecurrentConfig",
+    "BlockedRecurrentForCausalLM",
     "DenoisingScoreMatching",
     "DiffusionBlocksTrainer",
     "DiffusionBlocksTrainingArguments",
+    "LabelPrediction",
     "LogNormalNoise",
+    "MaskedDiffusion",
     "NextTokenPrediction",
     "denoising_generate",
     "held_out_loss",
     "merge_blocks",
     "plan_memory",
+    "unmask",
 ]
 
 

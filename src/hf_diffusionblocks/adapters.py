@@ -16,7 +16,7 @@ and moments of the adapter only::
 
 Of a language model, ``train_shared="none"`` in the training arguments keeps the embedding as it is too.
 
-Elsewhere ``load_block_adapter(model, 1, "adapters")`` puts it into its block, and :func:`merge_block_adapter` into the
+Elsewhere ``load_block_adapter(model, 1, "adapters")`` puts it into its block, and ``merge_block_adapter`` into the
 block's weights, after which the model is saved and pushed as any other. (A model that holds an adapter beside its
 weights has other names than its config promises: merge before ``save_pretrained``.)
 
@@ -140,7 +140,7 @@ def load_block_adapter(
     Args:
         model: a blocked model that agrees with the adapter's in base, layers and noise ranges.
         block: the block; the adapter must have been trained on it.
-        directory: as given to :func:`save_block_adapter`.
+        directory: as given to ``save_block_adapter``.
         adapter_name: the name that it gets here.
         trainable: go on training it; otherwise it is frozen, as the block is.
 

@@ -26,6 +26,9 @@ SAME_MODEL = (
     "sigma_data",
     "noise_scale",
     "noise_schedule",
+    "mask_token_id",
+    "schedule",
+    "time_conditioning",
 )
 # Settings of a config that say where and when it was written, or what was done so far, and not which model it is.
 HISTORY = ("transformers_version", "_name_or_path", "base_model", "trained_blocks")
@@ -39,7 +42,7 @@ def first_difference(
     Args:
         theirs: one config as a mapping.
         ours: the other.
-        names: the settings to compare; all but :data:`HISTORY` by default.
+        names: the settings to compare; all but ``HISTORY`` by default.
 
     Returns:
         Its name (``base_config['num_layers']`` inside a mapping) and both values; None if there is no difference.

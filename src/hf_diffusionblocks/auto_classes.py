@@ -15,7 +15,13 @@ from typing import Any
 
 CONFIGS = {
     "blocked_dit": ("hf_diffusionblocks.families.dit", "BlockedDiTConfig"),
+    "blocked_image_classification": (
+        "hf_diffusionblocks.families.image_classification",
+        "BlockedImageClassificationConfig",
+    ),
     "blocked_causal_lm": ("hf_diffusionblocks.families.causal_lm", "BlockedCausalLMConfig"),
+    "blocked_masked_lm": ("hf_diffusionblocks.families.masked_lm", "BlockedMaskedLMConfig"),
+    "blocked_recurrent": ("hf_diffusionblocks.families.recurrent", "BlockedRecurrentConfig"),
 }
 _REGISTRY = "transformers.models.auto.configuration_auto"
 

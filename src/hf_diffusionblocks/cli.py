@@ -1,4 +1,4 @@
-"""The command line: parses and calls :mod:`hf_diffusionblocks.jobs`. Heavy imports wait until a command runs."""
+"""The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
 
 import argparse
 import json
@@ -116,7 +116,8 @@ def _add_sample(commands: Any) -> None:
         "  diffusionblocks sample runs/digits-dit/model\n"
         "  diffusionblocks sample runs/digits-dit/model --classes 1 2 3 --per-class 8 --steps 30 --solver heun\n"
         '  diffusionblocks sample runs/pydoc-llama/model --prompt "The " --temperature 0.7 --max-new-tokens 300\n'
-        '  diffusionblocks sample runs/pydoc-llama/model --prompt "The " --denoise --steps 6 --bridge argmax_row',
+        '  diffusionblocks sample runs/pydoc-llama/model --prompt "The " --denoise --steps 6 --bridge argmax_row\n'
+        '  diffusionblocks sample runs/pydoc-md4/model --prompt "The <mask:40> module" --max-new-tokens 0',
     )
     parser.add_argument("model", help="directory or Hub id of a blocked model")
     parser.add_argument("--steps", type=int, help="steps; default 50 for images, one per block for text")
@@ -139,6 +140,7 @@ def _add_sample(commands: Any) -> None:
     text.add_argument("--top-p", type=float, help="draw from the likeliest tokens that hold so much probability")
     text.add_argument("--denoise", action="store_true", help="sample along the noise grid instead of decoding from f")
     text.add_argument("--bridge", help="posterior_mean or argmax_row (with --denoise)")
+    text.add_argument("--order", help="of a masked model: random or confidence; <mask:12> in a prompt is a gap")
 
 
 def _add_evaluate(commands: Any) -> None:
@@ -317,7 +319,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 _IMAGE_OPTIONS = ("output_dir", "classes", "per_class", "guidance_scale", "solver")
-_TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "denoise", "bridge")
+_TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "denoise", "bridge", "order")
+_NOT_OF_MASKED = ("grid", "top_k", "denoise", "bridge")
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -327,6 +330,11 @@ def _sample(args: argparse.Namespace) -> None:
 
     jobs.check_model_path(args.model)
     family = jobs.family_of(args.model)
+    if FAMILIES[family].job == "classification":
+        raise ValueError(
+            f"{args.model} is a classifier, which draws no samples: score it with evaluate, or classify files with "
+            f"transformers' pipeline('image-classification', {args.model!r})."
+        )
     text = FAMILIES[family].has_text
     for name in _IMAGE_OPTIONS if text else _TEXT_OPTIONS:
         if getattr(args, name) not in (None, False):
@@ -347,6 +355,15 @@ def _sample(args: argparse.Namespace) -> None:
         return
     values = jobs.read_recipe_of(args.model)
     recipe = make_recipe(values) if values is not None and values.get("family") == family else None
+    for name in _NOT_OF_MASKED if FAMILIES[family].hides_tokens else ("order",):
+        if getattr(args, name) not in (None, False):
+            option = "--" + name.replace("_", "-")
+            raise ValueError(f"{option} has no meaning for {args.model}, a {family} model: leave it out.")
+    if FAMILIES[family].hides_tokens:
+        names = ("max_new_tokens", "steps", "order", "temperature", "top_p", "block_streaming")
+        given = {name: getattr(args, name) for name in names}
+        jobs.sample_masked(args.model, args.prompt, recipe, args.seed, **given)
+        return
     walk = {name: getattr(args, name) for name in ("steps", "grid", "bridge")}
     if not args.denoise and any(value is not None for value in walk.values()):
         name = next(name for name, value in walk.items() if value is not None)

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
-from .families.causal_lm_config import BlockedCausalLMConfig
+from .families.categorical_config import CategoricalConfig
 from .memory import end_to_end_config
 from .memory_counting import set_mode
 from .memory_fake_steps import AnyValue, few_chunks, recut
@@ -133,8 +133,8 @@ def training_flops(
         ...         "num_attention_heads": 4, "vocab_size": 10}
         >>> config = BlockedCausalLMConfig(base_config=base, num_blocks=3, layers_per_block=[2, 2, 2])
         >>> cost = training_flops(config, tokens=16)
-        >>> [block.layer_passes for block in cost.blocks]
-        [9, 11, 10]
+        >>> tuple(block.layer_passes for block in cost.blocks)
+        (9, 11, 10)
         >>> round(cost.ratio, 2)
         1.67
     """
@@ -152,7 +152,7 @@ def training_flops(
     rows, below = [], 0
     for block, (own, lower) in enumerate(counted):
         layers = config.layers_per_block[block]
-        auxiliary = config.auxiliary_layers_of(block) if isinstance(config, BlockedCausalLMConfig) else 0
+        auxiliary = config.auxiliary_layers_of(block) if isinstance(config, CategoricalConfig) else 0
         rows.append(BlockCompute(block, layers, auxiliary, below if cascade else 0, own + times * lower))
         below += layers
     return TrainingCompute(tuple(rows), float(whole), batch_size)
@@ -163,7 +163,7 @@ def _whole(config: DiffusionBlocksConfig, batch_size: int, checkpointing: bool, 
 
     A layer's products depend on its sizes alone, which are those of every other layer.
     """
-    if config.num_layers <= 2:
+    if config.num_layers <= 2 or getattr(config, "indivisible", False):
         return _count(config, batch_size, checkpointing, batch_settings)[0][0]
     cuts = [
         recut(config, num_blocks=2, layers_per_block=[n, config.num_layers - n], partition="equal_probability")
@@ -193,7 +193,7 @@ def _count(
     known: dict[tuple, int] = {}
     result, below = [], 0
     with AnyValue():
-        hidden = model.context_of(0, batch["input_ids"]) if cascade else None
+        hidden = model.context_of(0, batch[model.main_input_name]) if cascade else None
         for block in model.resident_blocks:
             key = tuple(tuple(p.shape) for _, p in model.block_parameters(block))
             if key not in known:

@@ -81,7 +81,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _is(value: Any, kind: Any) -> bool:
-    """As :func:`_holds`, but for numbers that are not finite, paths, and sequences that are no lists."""
+    """As ``_holds``, but for numbers that are not finite, paths, and sequences that are no lists."""
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is str:

@@ -63,7 +63,7 @@ class Visit(NamedTuple):
 class DenoisingConfig:
     """How a token is denoised.
 
-    Each field may also be an argument of :func:`denoising_generate` or an extra field of a ``GenerationConfig``.
+    Each field may also be an argument of ``denoising_generate`` or an extra field of a ``GenerationConfig``.
 
     Args:
         steps: noise levels per token, at least 1; by default one per block.
@@ -131,7 +131,7 @@ def denoising_generate(
         stopping_criteria: as in transformers.
         generation_config: as in transformers; ``steps``, ``grid``, ``bridge`` and ``seed`` may be fields of it.
         streamer: gets the new tokens.
-        steps: see :class:`DenoisingConfig`, as for ``grid``, ``bridge`` and ``seed``.
+        steps: see ``DenoisingConfig``, as for ``grid``, ``bridge`` and ``seed``.
         grid: see there.
         bridge: see there.
         seed: see there.

@@ -20,22 +20,29 @@ Pairs = Sequence[tuple[Float[Tensor, "*tokens width"], Float[Tensor, "vocab widt
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits at a time
 
 
-def linear_logits(pairs: Pairs) -> Float[Tensor, "*tokens vocab"]:
-    """``sum_i x_i W_i^T``. A pair is multiplied in its weight's dtype; several are summed in float32."""
+def linear_logits(pairs: Pairs, bias: Float[Tensor, "vocab"] | None = None) -> Float[Tensor, "*tokens vocab"]:
+    """``sum_i x_i W_i^T``, plus a bias. A pair is multiplied in its weight's dtype; several are summed in float32."""
     if len(pairs) == 1:
         x, weight = pairs[0]
-        return F.linear(x.to(weight.dtype), weight)
-    return sum(F.linear(x.to(weight.dtype), weight).float() for x, weight in pairs)
+        return F.linear(x.to(weight.dtype), weight, bias)
+    start = 0 if bias is None else bias.float()
+    return sum((F.linear(x.to(weight.dtype), weight).float() for x, weight in pairs), start)
 
 
 def linear_cross_entropy(
-    pairs: Pairs, labels: Int[Tensor, "tokens"], *, ignore_index: int = -100, chunk_elements: int = CHUNK_ELEMENTS
+    pairs: Pairs,
+    labels: Int[Tensor, "tokens"],
+    *,
+    bias: Float[Tensor, "vocab"] | None = None,
+    ignore_index: int = -100,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Float[Tensor, "kept"]:
     """Cross-entropy in nats of each token that is not ignored.
 
     Args:
         pairs: features [tokens, width] and weights [vocab, width]; the logits are the sum of their products.
         labels: classes [tokens]; ``ignore_index`` where there is none.
+        bias: added to the logits, [vocab]; -inf for a class that does not occur.
         ignore_index: label of tokens to leave out, before any product is computed.
         chunk_elements: largest number of logits to hold at a time.
 
@@ -48,12 +55,12 @@ def linear_cross_entropy(
         pairs = [(x[kept], weight) for x, weight in pairs]
     size = max(1, chunk_elements // pairs[0][1].shape[0])
     if len(labels) <= size:
-        return _cross_entropy(labels, *(tensor for pair in pairs for tensor in pair))
+        return _cross_entropy(labels, bias, *(tensor for pair in pairs for tensor in pair))
     losses = []
     for start in range(0, len(labels), size):
         rows = slice(start, start + size)
         tensors = [tensor for x, weight in pairs for tensor in (x[rows], weight)]
-        losses.append(checkpoint(_cross_entropy, labels[rows], *tensors, use_reentrant=False))
+        losses.append(checkpoint(_cross_entropy, labels[rows], bias, *tensors, use_reentrant=False))
     return torch.cat(losses)
 
 
@@ -91,6 +98,6 @@ def _divergence(count: int, *tensors: Tensor) -> Tensor:
     return F.kl_div(own, target, log_target=True, reduction="none").sum(-1)
 
 
-def _cross_entropy(labels: Tensor, *tensors: Tensor) -> Tensor:
-    logits = linear_logits(list(zip(tensors[::2], tensors[1::2], strict=True)))
+def _cross_entropy(labels: Tensor, bias: Tensor | None, *tensors: Tensor) -> Tensor:
+    logits = linear_logits(list(zip(tensors[::2], tensors[1::2], strict=True)), bias)
     return F.cross_entropy(logits.float(), labels, reduction="none")

@@ -1,7 +1,9 @@
 """What each way to train a model holds, in bytes, by kind and block: predicted from a config alone, in a second.
 
-The prediction runs the real modules and the real objective on fake tensors (:mod:`.memory_fake_steps`) and counts as
-:mod:`.memory_counting` counts a real step, where the kinds are defined. :mod:`.memory_alternatives` puts other methods
+A block needs weights, gradients, moments and activations of L / B layers (arXiv 2506.14202, section 3).
+
+The prediction runs the real modules and the real objective on fake tensors (``memory_fake_steps``) and counts as
+``memory_counting`` counts a real step, where the kinds are defined. ``memory_alternatives`` puts other methods
 beside ours.
 """
 
@@ -15,13 +17,12 @@ from torch import nn
 from transformers import AutoModel
 
 from .configuration import DiffusionBlocksConfig
-from .families.causal_lm_config import BlockedCausalLMConfig
+from .families.categorical_config import PLAIN, CategoricalConfig
 from .families.loading import blocked_config_of
 from .memory_alternatives import WHOLE, Alternatives, compare, human
 from .memory_counting import KINDS, MemoryUse, measure_memory, measure_step
 from .memory_fake_steps import FakeStep, recut, resident
 from .modeling import BlockedPreTrainedModel
-from .objectives import default_objective
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS, OPTIMIZERS
 from .training.block_trainer import Objective
@@ -32,7 +33,7 @@ CHECKPOINTING = ", checkpointing"
 
 @dataclass(frozen=True)
 class MemoryRow(MemoryUse):
-    """One way to train, in a :class:`MemoryPlan`.
+    """One way to train, in a ``MemoryPlan``.
 
     Attributes:
         method: ``end to end``, ``blocked`` or ``blocked, all blocks in one process``; with ``, checkpointing``.
@@ -162,13 +163,13 @@ def plan_memory(
         use_ema: keep a moving average of the weights.
         optim: the optimizer, as in the training arguments.
         gradient_release: update each parameter as its gradient arrives, and free that at once.
-        alternatives: add what other methods hold (:mod:`.memory_alternatives`).
-        objective: as in :class:`DiffusionBlocksTrainer`; without a teacher, whose weights would come on top.
+        alternatives: add what other methods hold (``memory_alternatives``).
+        objective: as in ``DiffusionBlocksTrainer``; without a teacher, whose weights would come on top.
         device: where training runs (its kernels decide what is saved); by default the GPU if there is one.
         **batch_settings: for the family's ``dummy_batch``.
 
     Returns:
-        A :class:`MemoryPlan`; every parameter is trained. End to end is plain training of all layers; of a language
+        A ``MemoryPlan``; every parameter is trained. End to end is plain training of all layers; of a language
         model, on next tokens, whatever the readout of the blocks is.
 
     Raises:
@@ -202,7 +203,6 @@ def plan_memory(
     device = _device(device)
     config = given if num_blocks in (None, given.num_blocks) else recut(given, num_blocks=num_blocks)
     plain = end_to_end_config(config)
-    objective = objective or default_objective(config)
     step = FakeStep(make, batch_size, dtype, mixed_precision, objective, device, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
     blocks = range(config.num_blocks)
@@ -259,10 +259,10 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def end_to_end_config(config: DiffusionBlocksConfig) -> DiffusionBlocksConfig:
-    """The config of the same layers in one block; of a language model, an ordinary one."""
+    """The config of the same layers in one block; of a language model or classifier, an ordinary one."""
     plain: dict[str, Any] = {"num_blocks": 1, "partition": "equal_probability"}
-    if isinstance(config, BlockedCausalLMConfig):
-        plain |= {"readout": "clean", "context": "independent", "auxiliary_layers": 0}
+    if isinstance(config, CategoricalConfig):
+        plain |= PLAIN
     return recut(config, **plain)
 
 

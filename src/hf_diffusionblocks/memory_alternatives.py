@@ -1,7 +1,7 @@
 """What a user would pick instead of blocks, or beside them, in bytes for the user's own model.
 
 Each way to save memory, alone and, where they combine, with one block of B. What this library does is counted, by the
-same counts as a plan's other rows (:mod:`.memory_counting`); of other methods the weights, gradients and moments are
+same counts as a plan's other rows (``memory_counting``); of other methods the weights, gradients and moments are
 their papers' formulas for the model's own shapes, named in the row, and the activations are counted. An average of the
 weights is left out: every row that trains all weights would have it on top, with as many bytes as weights.
 """
@@ -140,7 +140,7 @@ def _galore(job: Job) -> Held:
 
 def _badam(job: Job) -> Held:
     active = sum(p.numel() for p in job.largest_layer)
-    copy = 4 * active if job.largest_layer[0].dtype.itemsize < 4 else 0
+    copy = 4 * active  # its authors' package copies the active layer to float32, even if it is float32 already
     return job.resident + copy, 4 * active, 8 * active
 
 

@@ -167,7 +167,7 @@ def measure_step(trainer: BlockTrainer | DiffusionBlocksTrainer) -> MemoryUse:
     """Count what a real update holds. The update is an ordinary one: weights, moments and counters move on.
 
     Args:
-        trainer: a block's trainer, for one update of its block; or a :class:`DiffusionBlocksTrainer`, for one update
+        trainer: a block's trainer, for one update of its block; or a ``DiffusionBlocksTrainer``, for one update
             of each of its blocks: all their moments and averages, the largest gradients and activations of any.
 
     Returns:
@@ -256,7 +256,7 @@ def measure_memory(
         model: a blocked model. All its resident blocks' weights count: load one with ``blocks=[block]``.
         block: which block.
         batch: one batch for the objective, such as ``model.dummy_batch(8)``.
-        objective: as in :class:`DiffusionBlocksTrainer`.
+        objective: as in ``DiffusionBlocksTrainer``.
         mixed_precision: ``no`` or ``bf16``, for autocast.
         gradient_checkpointing: recompute activations layer by layer.
         use_ema: keep a moving average of the weights.

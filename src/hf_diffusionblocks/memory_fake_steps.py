@@ -1,6 +1,6 @@
-"""A training step on fake tensors, which have shapes but no memory: what :mod:`.memory` predicts from.
+"""A training step on fake tensors, which have shapes but no memory: what ``memory`` predicts from.
 
-The real modules and the real objective run, and are counted as :mod:`.memory_counting` counts a real step. Of long
+The real modules and the real objective run, and are counted as ``memory_counting`` counts a real step. Of long
 blocks only short ones are run: a layer more costs the same each time. So does a sample more, where the loss of a large
 vocabulary is computed in more than a few chunks.
 """
@@ -26,6 +26,7 @@ from .configuration import DiffusionBlocksConfig
 from .memory_alternatives import Job, layers_of, matrices_of
 from .memory_counting import LiveStorages, MemoryUse, Precision, SavedTensors, held_bytes, set_mode, watch_gradients
 from .modeling import BlockedPreTrainedModel
+from .objectives import default_objective
 from .training.block_trainer import Objective
 from .training.optimizers import state_bytes
 
@@ -39,7 +40,7 @@ def recut(config: DiffusionBlocksConfig, **changes: Any) -> DiffusionBlocksConfi
 
 
 def few_chunks(model: BlockedPreTrainedModel, batch_size: int, chunks: int, batch_settings: dict[str, Any]) -> int:
-    """The smallest batch whose loss is computed in so many full chunks (:mod:`.losses`), or ``batch_size`` itself if
+    """The smallest batch whose loss is computed in so many full chunks (``losses``), or ``batch_size`` itself if
     that is smaller or its loss is not computed in chunks."""
     batch = model.dummy_batch(1, **batch_settings)
     if "input_ids" not in batch:
@@ -65,7 +66,7 @@ class FakeStep:
         batch_size: int,
         dtype: torch.dtype,
         mixed_precision: str,
-        objective: Objective,
+        objective: Objective | None,
         device: torch.device,
         batch_settings: dict[str, Any],
     ):
@@ -74,6 +75,10 @@ class FakeStep:
         self.precision = Precision(device, mixed_precision)
         self._known: dict[tuple, _Counts] = {}
         self._probes: dict[str, BlockedPreTrainedModel] = {}
+
+    def objective_of(self, model: BlockedPreTrainedModel) -> Objective:
+        """The objective that was given, or a model's own: end to end may have another than the blocks."""
+        return self.objective or default_objective(model.config)
 
     def build(self, config: DiffusionBlocksConfig, blocks: Sequence[int] | None = None) -> BlockedPreTrainedModel:
         """A model without memory, on the meta device."""
@@ -103,7 +108,7 @@ class FakeStep:
         )
 
     def job(self, model: BlockedPreTrainedModel, block: int, name: str, frozen: bool) -> Job:
-        """A block as :mod:`.memory_alternatives` takes it; ``frozen``: count what frozen layers keep too."""
+        """A block as ``memory_alternatives`` takes it; ``frozen``: count what frozen layers keep too."""
         module, counts = model.block(block), self.counts(model, block)
         return Job(
             name=name,
@@ -119,7 +124,7 @@ class FakeStep:
     def first_layers(self, model: BlockedPreTrainedModel) -> tuple[int, int] | None:
         """Bytes of the only block's activations if its first layer, or its first two, and what is in none train."""
         layers = model.config.num_layers
-        if layers < _PROBE_LAYERS:
+        if layers < _PROBE_LAYERS or getattr(model.config, "indivisible", False):
             return None
         one, two = (self.counts(*self._probe(model.config, 0, n)).activations[0] for n in (1, 2))
         frozen = self._run(*self._probe(model.config, 0, 2), frozen=True).activations[0] - one
@@ -160,7 +165,7 @@ class FakeStep:
         """From two short blocks; None if these would take as long as the block itself, or if its layers differ in
         size."""
         layers = len(model.partition.layers(block))
-        if layers <= _PROBE_LAYERS + 1:
+        if layers <= _PROBE_LAYERS + 1 or getattr(model.config, "indivisible", False):
             return None
         probes = [self._probe(model.config, block, n) for n in (_PROBE_LAYERS - 1, _PROBE_LAYERS)]
         if None in probes:
@@ -190,8 +195,9 @@ class FakeStep:
                     return _Counts((plain, lean), gradient)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
-                f"{type(self.objective).__name__} decides by the values of tensors ({error.func}), which a plan does "
-                "not have (a teacher's blocks are chosen so). Plan without it, or count a real step: measure_memory()."
+                f"{type(self.objective_of(model)).__name__} decides by the values of tensors ({error.func}), which a "
+                "plan does not have (a teacher's blocks are chosen so). Plan without it, or count a real step: "
+                "measure_memory()."
             ) from error
 
     def _peak(self, model: BlockedPreTrainedModel, block: int, checkpointing: bool) -> tuple[int, int]:
@@ -219,7 +225,7 @@ class FakeStep:
         gradients = LiveStorages()
         with SavedTensors([model]) as saved:
             with self.precision.autocast():
-                loss = self.objective(model, block, batch, torch.Generator()).loss
+                loss = self.objective_of(model)(model, block, batch, torch.Generator()).loss
             forward, saved.history = [*saved.history, saved.live], []
             if checkpointing:  # otherwise nothing is saved after the forward pass
                 watch_gradients(loss, model.parameters(), gradients)

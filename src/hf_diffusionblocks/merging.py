@@ -1,6 +1,7 @@
 """One checkpoint out of jobs that trained one block each.
 
-Each job saved its block, what the blocks share and the same config. Put together, they are, bit for bit, what one
+Blocks are trained independently (arXiv 2506.14202, section 3), so a job of its own may train each: it saves its block,
+what the blocks share and the same config. Put together, they are, bit for bit, what one
 process that trained all blocks with the same seed would have saved: a block's initial weights, its data and its noise
 follow from the seed and the block's number alone.
 """

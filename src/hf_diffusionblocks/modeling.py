@@ -45,7 +45,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         blocks: allocate these blocks only; all by default.
 
     Attributes:
-        partition: the :class:`BlockPartition`, the one road from a noise level to a block.
+        partition: the ``BlockPartition``, the one road from a noise level to a block.
         preconditioning: from the raw network to the denoiser.
         blocks: the resident blocks, under their numbers.
     """
@@ -214,7 +214,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         return_dict: bool = True,
         **conditioning: Any,
     ) -> DenoiserOutput | tuple[Tensor]:
-        """:meth:`denoise` in the manner of diffusers' models; returns a :class:`DenoiserOutput` or a tuple."""
+        """``denoise`` in the manner of diffusers' models; returns a ``DenoiserOutput`` or a tuple."""
         denoised = self.denoise(sample, sigma, block=block, **conditioning)
         return DenoiserOutput(sample=denoised) if return_dict else (denoised,)
 
@@ -333,7 +333,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             pretrained_model_name_or_path: a directory or a Hub id.
             blocks: read and allocate these blocks and the shared parts only; the other files need not exist.
             block_streaming: ``host`` or ``disk``: load block by block, and keep one on the device while the others rest
-                in host memory or in their files; see :meth:`enable_block_streaming`.
+                in host memory or in their files; see ``enable_block_streaming``.
             **kwargs: as in transformers: ``dtype``, ``device_map``, ``revision``, ``token``, …
 
         Raises:
@@ -407,9 +407,9 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
 
 
 def format_block_parameters(model: BlockedPreTrainedModel) -> str:
-    """The table that :meth:`BlockedPreTrainedModel.print_block_parameters` prints."""
+    """The table that ``BlockedPreTrainedModel.print_block_parameters`` prints."""
     total = sum(p.numel() for p in model.parameters())
-    lines = [f"{'block':<8}{'layers':<12}{'sigma':<24}{'params':>14}{'share %':>10}"]
+    lines = [f"{'block':<8}{'layers':<12}{model.partition.noise.symbol:<24}{'params':>14}{'share %':>10}"]
     for block in model.resident_blocks:
         layers, (low, high) = model.partition.layers(block), model.partition.range(block)
         count = sum(p.numel() for _, p in model.block_parameters(block))

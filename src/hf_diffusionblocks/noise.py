@@ -13,6 +13,7 @@ Everything is computed in float64: the upper tail of the default distribution ho
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -37,6 +38,8 @@ class LogNormalNoise:
         >>> round(float(noise.icdf(0.5)), 9)
         0.301200103
     """
+
+    symbol: ClassVar[str] = "sigma"
 
     p_mean: float | int = -1.2
     p_std: float | int = 1.2
@@ -84,7 +87,7 @@ class LogNormalNoise:
         return q.clamp(0, 1)  # torch's and math's logarithms may differ in the last place
 
     def icdf(self, q: Float[Tensor, "..."] | float | int) -> Float[Tensor, "..."]:
-        """Noise level below which the share ``q`` of the truncated distribution lies (inverse of :meth:`cdf`).
+        """Noise level below which the share ``q`` of the truncated distribution lies (inverse of ``cdf``).
 
         ``sigma = exp(p_mean + p_std * ndtri(u))``, ``u = u_min + (u_max - u_min) q`` (arXiv 2506.14202, section 3.3).
 
@@ -103,6 +106,11 @@ class LogNormalNoise:
         u_low, u_high = self._u_range
         sigma = (self.p_mean + self.p_std * torch.special.ndtri(u_low + (u_high - u_low) * q)).exp()
         return sigma.clamp(self.sigma_min, self.sigma_max)
+
+    def widened(self, low: float, high: float, overlap: float | int) -> tuple[float, float]:
+        """``[low / alpha, alpha high]``, ``alpha = (high / low)^gamma``, clamped to the whole range (App. C)."""
+        alpha = (high / low) ** overlap
+        return max(low / alpha, self.sigma_min), min(high * alpha, self.sigma_max)
 
     def sample(
         self,

@@ -15,8 +15,11 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .masking import MaskNoise
 from .noise import LogNormalNoise
 
+# A distribution of noise levels: of sigma, or of the mask rate of masked diffusion.
+Noise = LogNormalNoise | MaskNoise
 # Relative slack for noise levels that a float32 computation (a scheduler's grid, say) put a rounding error outside.
 _RANGE_TOLERANCE = 1e-5
 # A level that a rounding error put below an edge (a float32 grid, another order of operations) still sits on it.
@@ -27,7 +30,7 @@ _EDGE_TOLERANCE = 1e-6
 class InformationProfile:
     """How many nats each range of noise levels costs a denoiser: the likelihood bound, bin by bin.
 
-    Measured by :func:`~hf_diffusionblocks.likelihood.information_profile`.
+    Measured by ``information_profile``.
 
     Attributes:
         edges: N + 1 noise levels, descending from sigma_max to sigma_min.
@@ -70,7 +73,7 @@ class InformationProfile:
         return float(np.interp(-math.log(sigma), -log_edges, cumulative))
 
     def level(self, nats: float | int) -> float:
-        """The noise level above which so many nats lie (inverse of :meth:`above`); the lowest where several do."""
+        """The noise level above which so many nats lie (inverse of ``above``); the lowest where several do."""
         log_edges, cumulative = self._curve
         return math.exp(float(np.interp(nats, cumulative, log_edges)))
 
@@ -83,8 +86,8 @@ class InformationProfile:
 class BlockPartition:
     """Which layers and which noise levels each block owns.
 
-    Use one of the constructors: :meth:`equal_probability` (the paper's), :meth:`uniform`, :meth:`log_uniform`,
-    :meth:`equal_information` (from a pilot run), :meth:`explicit`.
+    Use one of the constructors: ``equal_probability`` (the paper's), ``uniform``, ``log_uniform``,
+    ``equal_information`` (from a pilot run), ``explicit``.
 
     Attributes:
         edges: B + 1 noise levels, descending; ``edges[0] = sigma_max``, ``edges[B] = sigma_min``.
@@ -95,7 +98,7 @@ class BlockPartition:
 
     edges: tuple[float | int, ...]
     layers_per_block: tuple[int, ...]
-    noise: LogNormalNoise = field(default_factory=LogNormalNoise)
+    noise: Noise = field(default_factory=LogNormalNoise)
     overlap: float | int = 0.05
 
     def __post_init__(self) -> None:
@@ -131,7 +134,7 @@ class BlockPartition:
         cls,
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -140,7 +143,7 @@ class BlockPartition:
         Args:
             num_blocks: B, between 1 and ``num_layers``.
             num_layers: L; a remainder of L / B goes to the first blocks, no layer is lost.
-            noise: the training distribution, default :class:`LogNormalNoise`.
+            noise: the training distribution, default ``LogNormalNoise``.
             overlap: gamma of App. C.
             layers_per_block: explicit numbers such as ``(3, 6, 3)`` instead of an even spread.
 
@@ -162,13 +165,13 @@ class BlockPartition:
         cls,
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
         """Ranges of equal width in sigma (arXiv 2506.14202, Table 7's baseline, as its text defines it).
 
-        Arguments and errors as in :meth:`equal_probability`.
+        Arguments and errors as in ``equal_probability``.
         """
         noise = noise or LogNormalNoise()
         layers = _spread(num_blocks, num_layers, layers_per_block)
@@ -182,13 +185,13 @@ class BlockPartition:
         cls,
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
         """Ranges of equal width in log sigma (arXiv 2506.14202, Table 7's baseline, as its appendix defines it).
 
-        Arguments and errors as in :meth:`equal_probability`.
+        Arguments and errors as in ``equal_probability``.
         """
         noise = noise or LogNormalNoise()
         layers = _spread(num_blocks, num_layers, layers_per_block)
@@ -201,7 +204,7 @@ class BlockPartition:
         cls,
         edges: Sequence[float | int],
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -212,7 +215,7 @@ class BlockPartition:
             num_layers: L.
             noise: the training distribution; by default the standard one on the range that the edges span.
             overlap: gamma of App. C.
-            layers_per_block: as in :meth:`equal_probability`.
+            layers_per_block: as in ``equal_probability``.
 
         Raises:
             ValueError: for edges out of order or outside the noise range.
@@ -232,7 +235,7 @@ class BlockPartition:
         information: InformationProfile | tuple[Sequence[float | int], Sequence[float | int]],
         num_blocks: int,
         num_layers: int,
-        noise: LogNormalNoise | None = None,
+        noise: Noise | None = None,
         overlap: float | int = 0.05,
         layers_per_block: Sequence[int] | None = None,
     ) -> "BlockPartition":
@@ -245,16 +248,16 @@ class BlockPartition:
         the distribution within a block as it is.
 
         Args:
-            information: a profile, see :func:`~hf_diffusionblocks.likelihood.information_profile`, or its descending
+            information: a profile, see ``information_profile``, or its descending
                 edges and the nats between them.
             num_blocks: B, between 1 and ``num_layers``.
             num_layers: L.
             noise: the training distribution; by default the standard one on the range that the profile spans.
             overlap: gamma of App. C.
-            layers_per_block: as in :meth:`equal_probability`.
+            layers_per_block: as in ``equal_probability``.
 
         Raises:
-            ValueError: for a profile that is none or does not span the noise range, and as :meth:`equal_probability`.
+            ValueError: for a profile that is none or does not span the noise range, and as ``equal_probability``.
 
         Example:
             >>> BlockPartition.equal_information(([80.0, 2.0, 0.5, 0.002], [1.0, 2.0, 1.0]), 2, 6).edges
@@ -309,10 +312,7 @@ class BlockPartition:
         """
         self.check_block(block)
         high, low = self.edges[block], self.edges[block + 1]
-        if not training:
-            return low, high
-        alpha = (high / low) ** self.overlap
-        return max(low / alpha, self.noise.sigma_min), min(high * alpha, self.noise.sigma_max)
+        return self.noise.widened(low, high, self.overlap) if training else (low, high)
 
     def block_of(self, sigma: Float[Tensor, "..."] | float | int) -> Int64[Tensor, "..."] | int:
         """The block that owns each noise level; on an inner edge the noisier one.
@@ -399,7 +399,7 @@ def balanced_layers(num_layers: int, extra: Sequence[int]) -> tuple[int, ...] | 
     return layers if min(layers) > 0 else None
 
 
-def _with_ends(inner: Tensor, noise: LogNormalNoise) -> tuple[float, ...]:
+def _with_ends(inner: Tensor, noise: Noise) -> tuple[float, ...]:
     return (noise.sigma_max, *inner.tolist(), noise.sigma_min)
 
 

@@ -62,7 +62,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
     def enable_block_streaming(self, *args: Any, **kwargs: Any) -> None:
         """Keep one block of the model on the device and the others in host memory or on disk, fetched in the order of
-        the grid; see :meth:`BlockedDiTModel.enable_block_streaming`. Images are the same, bit for bit."""
+        the grid; see ``BlockedDiTModel.enable_block_streaming``. Images are the same, bit for bit."""
         self.model.enable_block_streaming(*args, **kwargs)
 
     @property

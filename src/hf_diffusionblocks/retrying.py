@@ -70,6 +70,13 @@ def is_transient(error: BaseException) -> bool:
     )
 
 
+def why_unreachable(error: BaseException) -> str | None:
+    """In words, why no answer came from a server at all; None if one did, or if something else went wrong."""
+    if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
+        return "HF_HUB_OFFLINE is set"
+    return "no connection" if _status(error) is None and is_transient(error) else None
+
+
 @contextlib.contextmanager
 def in_one_line(task: str, token: str | bool | None = None) -> Iterator[None]:
     """What goes wrong on the way to the Hub ends as one ``OSError`` of one line, without the token.

@@ -99,7 +99,7 @@ def sample_heun(
 ) -> Tensor:
     """Heun's method (EDM, arXiv 2206.00364, Alg. 2 without churn), second order, two evaluations a step.
 
-    Arguments and result as in :func:`sample_euler`. A step to 0 is an Euler step.
+    Arguments and result as in ``sample_euler``. A step to 0 is an Euler step.
     """
     levels = sigmas.tolist()
     for step, (sigma, sigma_next) in enumerate(zip(levels, levels[1:], strict=False)):

@@ -12,7 +12,7 @@ baselines run through the same code as the blocks (arXiv 2506.14202, section 4.2
 With ``match="updates"`` both get the K updates of each block, with ``match="compute"`` as many as cost what the blocks
 cost. For images an update of each of B blocks costs one of L layers, so ``end_to_end`` keeps K and ``shallow`` gets
 B K. A blocked language model costs more than that: auxiliary layers, a head per block, lower blocks' forward passes, a
-second stream. There the FLOPs are counted (:func:`~hf_diffusionblocks.compute.training_flops`), and both baselines get
+second stream. There the FLOPs are counted (``training_flops``), and both baselines get
 K times the blocks' FLOPs over their own. Warm-up and schedule stretch with the updates.
 """
 
@@ -60,7 +60,8 @@ def baseline_recipe(
     num_layers, num_blocks = config.num_layers, config.num_blocks
     values["method"], values["match"] = method, match
     if plain is not None:
-        values["blocks"] = {"num_blocks": 1, **plain}
+        kept = {k: v for k, v in values["blocks"].items() if k in recipe.kind.kept}
+        values["blocks"] = {**kept, "num_blocks": 1, **plain}
         values["training"] = {k: v for k, v in values["training"].items() if k not in _OF_BLOCKS}
     else:
         dropped = ("edges", "layers_per_block", "partition")
@@ -90,7 +91,7 @@ def baseline_recipe(
 def compute_factor(
     recipe: Recipe, baseline: Recipe, vocab_size: int | None = None, num_rows: int | None = None
 ) -> float:
-    """How many updates of a baseline cost what one update of every block costs; see :func:`baseline_recipe`."""
+    """How many updates of a baseline cost what one update of every block costs; see ``baseline_recipe``."""
     if not recipe.kind.counts_compute:
         return recipe.config().num_blocks if baseline.method == "shallow" else 1
     args, tokens = recipe.training_arguments(), {"tokens": recipe.data.block_length} if recipe.kind.has_text else {}

@@ -1,6 +1,6 @@
 """Images with class labels, held in memory: pixels, or latents of a VAE cached on disk.
 
-Every source ends in one form, :class:`ImageDataset`, and indexing it gives the batch that a class-conditional denoiser
+Every source ends in one form, ``ImageDataset``, and indexing it gives the batch that a class-conditional denoiser
 trains on: ``pixel_values`` [B, C, H, W] in [-1, 1] and ``class_labels`` [B]. Bad rows are found while loading, never in
 the middle of a run.
 """
@@ -52,7 +52,7 @@ class ImageDataset(Dataset):
         images: uint8 pixels [N, C, H, W], or latents [N, C, H, W] in float16, bfloat16 or float32.
         labels: class indices [N], integers from 0.
         class_names: name of each class; ``"0"``, ``"1"``, ... up to the largest label unless given.
-        scaling_factor: factor on latents as they are read. Latents written by :func:`cache_latents` hold the VAE's
+        scaling_factor: factor on latents as they are read. Latents written by ``cache_latents`` hold the VAE's
             own factor already and need 1.
 
     Indexing with an int gives ``{"pixel_values": float32 [C, H, W], "class_labels": int64 []}``; with a list, slice,
@@ -171,7 +171,7 @@ def load_image_dataset(
             - ``"digits"``: scikit-learn's 8x8 digits; a fixed stratified split, 80 % train and 20 % test;
             - ``"fashion-mnist"``: IDX files in ``data_dir``, ``$FASHION_MNIST_DIR`` or where Debian's package
               ``dataset-fashion-mnist`` puts them;
-            - a directory of IDX files with MNIST's names, or of :func:`cache_latents`' files (those of ``train``, or
+            - a directory of IDX files with MNIST's names, or of ``cache_latents``' files (those of ``train``, or
               of any split in a folder of the split's name);
             - a ``.parquet`` or ``.arrow`` file, a directory that ``datasets.load_dataset`` or ``load_from_disk`` reads
               (``imagefolder``, parquet, ...), the name of one of its builders, or a data set's id on the Hub;
@@ -187,7 +187,7 @@ def load_image_dataset(
         max_samples: keep this many rows: a fixed random subset in the order of the source, so that sorted classes all
             stay; the first rows when streaming.
         streaming: read rows one by one without downloading the whole set first.
-        scaling_factor: factor on latents, see :class:`ImageDataset`.
+        scaling_factor: factor on latents, see ``ImageDataset``.
         disable_progress: no progress bar (there is one only for work of more than two seconds).
         **load_dataset_kwargs: for ``datasets.load_dataset``, such as ``name``, ``revision``, ``token``.
 
@@ -259,7 +259,7 @@ def cache_latents(
     absent, and a second call with the same arguments goes on after the last finished file.
 
     Args:
-        dataset: an :class:`ImageDataset` of pixels, or anything with ``len``, ``ds[list]`` giving ``pixel_values`` and
+        dataset: an ``ImageDataset`` of pixels, or anything with ``len``, ``ds[list]`` giving ``pixel_values`` and
             ``class_labels``, and a ``fingerprint``: a ``datasets.Dataset`` with a transform serves for sets that do not
             fit into memory.
         vae: a diffusers ``AutoencoderKL``; moved to ``device`` and ``dtype`` and left there, in eval mode.

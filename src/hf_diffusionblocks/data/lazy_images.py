@@ -24,11 +24,11 @@ from .indexing import row_index
 
 
 class LazyImageDataset(Dataset):
-    """Labelled images, decoded row by row; indexed as :class:`ImageDataset` is.
+    """Labelled images, decoded row by row; indexed as ``ImageDataset`` is.
 
     Args:
         dataset: a ``datasets.Dataset``.
-        image_column: column of images; found as in :func:`load_image_dataset` unless given.
+        image_column: column of images; found as in ``load_image_dataset`` unless given.
         label_column: column of integer labels.
         image_size: crop to the central square and resize to this side, in pixels.
         channels: 1 (grey) or 3 (RGB).
@@ -98,7 +98,7 @@ def open_image_dataset(
 ) -> ImageDataset | LazyImageDataset:
     """Labelled images of one size, without holding them in memory where the source is one that ``datasets`` reads.
 
-    Arguments and errors as in :func:`load_image_dataset`; small embedded sources are loaded as there.
+    Arguments and errors as in ``load_image_dataset``; small embedded sources are loaded as there.
     """
     columns = {"image_column": image_column, "label_column": label_column}
     size = {"image_size": image_size, "channels": channels, "max_samples": max_samples}

@@ -1,8 +1,8 @@
 """Text as rows of token ids: every source, tokenised through ``datasets`` with its cache, packed into equal rows.
 
-A *document* is one text: a file, or a row of a data set. :func:`load_documents` gives the documents of a split,
-:func:`load_text_dataset` tokenises and packs them. In memory that is a :class:`TextDataset`, indexed as Hugging Face
-``datasets`` are; what does not fit is read in order through a :class:`StreamingTextDataset`.
+A *document* is one text: a file, or a row of a data set. ``load_documents`` gives the documents of a split,
+``load_text_dataset`` tokenises and packs them. In memory that is a ``TextDataset``, indexed as Hugging Face
+``datasets`` are; what does not fit is read in order through a ``StreamingTextDataset``.
 
 Packing, with an end-of-text token e between documents (where the tokenizer has one) and rows of 4 tokens::
 
@@ -51,7 +51,7 @@ def load_text_dataset(
     """Load text as rows of ``block_length`` tokens. Tokens of the last row, if it is not full, are dropped.
 
     Args:
-        name: of the source, see :func:`load_documents`.
+        name: of the source, see ``load_documents``.
         split: of the source.
         tokenizer: gives the ids; its special tokens are not added, but its end-of-text token (``eos_token``), if it
             has one, stands between documents and counts to the one before.
@@ -61,10 +61,10 @@ def load_text_dataset(
         packing: ``"concatenate"``, one long text cut into rows; or ``"documents"``, the same rows with
             ``position_ids`` that restart with every document, so that a model attends within documents only. A
             document that does not end with its row goes on in the next, as a document of its own.
-        test_fraction: part held out where the source has no test split, see :func:`load_documents`.
+        test_fraction: part held out where the source has no test split, see ``load_documents``.
         max_samples: keep the first so many rows.
         streaming: read on demand, in order, instead of into memory.
-        shuffle_buffer: rows of a stream that are shuffled among themselves, see :class:`StreamingTextDataset`.
+        shuffle_buffer: rows of a stream that are shuffled among themselves, see ``StreamingTextDataset``.
         seed: of that shuffling.
         config_name: configuration of a data set on the Hub.
         num_proc: processes that tokenise.

@@ -27,7 +27,7 @@ class TextDataset(Dataset):
 
     Args:
         tokens: integer ids [n, T].
-        tokenizer_size: number of ids, see :func:`~hf_diffusionblocks.tokenizers.tokenizer_size`.
+        tokenizer_size: number of ids, see ``tokenizer_size``.
         num_characters: of the text that the rows hold.
         starts: bool [n, T], where documents begin (``packing="documents"``), or None. Each row begins one in any case.
 

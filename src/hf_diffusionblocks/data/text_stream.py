@@ -23,13 +23,13 @@ class StreamingTextDataset(Dataset):
     """Rows of a text too large for memory, read in order: ``ds[[n, n + 1]]`` with n that grows from call to call.
 
     Rows are read in windows, and the last two windows are held. An earlier row cannot be read again, save that row 0
-    starts the text anew. The rows are those that :class:`TextDataset` would hold, in its order unless shuffled.
+    starts the text anew. The rows are those that ``TextDataset`` would hold, in its order unless shuffled.
 
     Args:
         documents: a ``datasets.IterableDataset`` with a column ``text``.
-        tokenizer: see :func:`load_text_dataset`.
+        tokenizer: see ``load_text_dataset``.
         block_length: T, tokens per row.
-        packing: see :func:`load_text_dataset`.
+        packing: see ``load_text_dataset``.
         max_samples: length of the data set in rows; without it, it has none.
         shuffle_buffer: size of the window, in rows, within which rows are shuffled: an order that depends on seed and
             position alone. 0 does not shuffle.
@@ -113,7 +113,7 @@ class StreamingTextDataset(Dataset):
     __iter__ = rows
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the reading is, as JSON values. After :meth:`load_state_dict`, the rows held now can be read at once:
+        """Where the reading is, as JSON values. After ``load_state_dict``, the rows held now can be read at once:
         without it, the text before a position is tokenised again to find it."""
         state = self._current_state()
         return {
@@ -125,7 +125,7 @@ class StreamingTextDataset(Dataset):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where :meth:`state_dict` was taken.
+        """Go to where ``state_dict`` was taken.
 
         Raises:
             ValueError: if it is another data set's.

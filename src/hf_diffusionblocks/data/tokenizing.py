@@ -17,6 +17,7 @@ from ..suggest import unknown_name
 TOKENIZER_KINDS = ("bpe", "byte", "character")
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
+MASK = "<|mask|>"
 _BYTE_TOKENS = 257  # every byte, and the end of text
 
 
@@ -90,8 +91,8 @@ def load_tokenizer(
         name_or_path: of ``AutoTokenizer.from_pretrained``; None trains one; a tokenizer is returned as it is.
         texts: to train on. Give the training split only, ``load_documents(..., split="train")["text"]``: a
             vocabulary fitted to held-out text flatters the model.
-        kind: see :func:`train_tokenizer`.
-        vocab_size: see :func:`train_tokenizer`.
+        kind: see ``train_tokenizer``.
+        vocab_size: see ``train_tokenizer``.
         **from_pretrained_kwargs: such as ``revision``, ``token``.
 
     Raises:
@@ -109,6 +110,13 @@ def load_tokenizer(
             f"no tokenizer can be loaded from {str(name_or_path)!r}: {reason}. Give a directory with tokenizer.json or "
             "the name of a model on the Hub, or None to train one on the text."
         ) from error
+
+
+def with_mask_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The tokenizer, with the new token ``<|mask|>`` if it has no mask token yet."""
+    if tokenizer.mask_token_id is None:
+        tokenizer.add_special_tokens({"mask_token": MASK})
+    return tokenizer
 
 
 def tokenizer_size(tokenizer: PreTrainedTokenizerBase) -> int:

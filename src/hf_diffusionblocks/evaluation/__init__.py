@@ -1,5 +1,6 @@
 """Scoring a trained model: the figures of each family."""
 
+from .classification import predict, score_classifier
 from .images import check_scoring, compare_images, sample_images, score
 from .table import format_figures
 from .text import generate_text, prompt_tokens, score_text
@@ -9,8 +10,10 @@ __all__ = [
     "compare_images",
     "format_figures",
     "generate_text",
+    "predict",
     "prompt_tokens",
     "sample_images",
     "score",
+    "score_classifier",
     "score_text",
 ]

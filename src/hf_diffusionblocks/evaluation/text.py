@@ -12,6 +12,7 @@ from transformers.generation import BaseStreamer
 from ..data.tokenizing import check_tokenizer
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..generation import denoising_generate
 from ..likelihood import language_model_likelihood, likelihood_bound
 from ..objectives import NextTokenPrediction
@@ -105,6 +106,21 @@ def prompt_tokens(
     return ids
 
 
+def recurrent_options(settings: TextSampling) -> dict[str, Any]:
+    """What ``generate`` of a recurrent model is told for a walk along the noise grid.
+
+    Raises:
+        ValueError: for another grid or bridge than its own.
+    """
+    for name, own in (("grid", "equal_probability"), ("bridge", "posterior_mean")):
+        if getattr(settings, name) != own:
+            raise ValueError(
+                f"sampling.{name}={getattr(settings, name)!r}: a recurrent model's walk has {name}={own!r} only. Leave "
+                "it out."
+            )
+    return {} if settings.steps is None else {"num_recurrences": settings.steps}
+
+
 @torch.no_grad()
 def generate_text(
     model: BlockedForCausalLM,
@@ -133,8 +149,11 @@ def generate_text(
     if settings.do_sample:
         options |= {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
     if settings.mode == "denoise":
-        options |= {"custom_generate": denoising_generate, "seed": seed}
-        options |= {"steps": settings.steps, "grid": settings.grid, "bridge": settings.bridge}
+        if isinstance(model, BlockedRecurrentForCausalLM):
+            options |= recurrent_options(settings) if model.config.two_stream else {}  # unrolled as it was trained
+        else:
+            options |= {"custom_generate": denoising_generate, "seed": seed}
+            options |= {"steps": settings.steps, "grid": settings.grid, "bridge": settings.bridge}
     training = model.training
     model.eval()
     try:

@@ -38,11 +38,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..agreement import hub_name, weights_digest
 from ..conditioning import Modulation
 from ..losses import linear_cross_entropy, linear_logits
-from ..modeling import BlockedPreTrainedModel
 from ..preconditioning import Coefficients
-from ..suggest import unknown_name
 from .base_loading import part_settings
-from .causal_lm_block import CausalLMBlock, evaluating, zero_output_projections
+from .categorical import BlockedCategoricalModel
+from .categorical_config import family_settings
+from .causal_lm_block import CausalLMBlock
 from .causal_lm_checks import (
     STOP_STRING_TOOLS,
     check_denoising,
@@ -51,7 +51,7 @@ from .causal_lm_checks import (
     check_some_target,
     check_tokens,
 )
-from .causal_lm_config import PRESETS, BlockedCausalLMConfig, check_base_settings, config_fields
+from .causal_lm_config import PRESETS, BlockedCausalLMConfig
 from .causal_lm_conversion import check_same_function, copy_weights, decoder_of, resize_vocabulary
 from .two_stream import (
     TwoStreamMasks,
@@ -63,7 +63,7 @@ from .two_stream import (
 )
 
 
-class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
+class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
     """A decoder cut into blocks that are trained alone.
 
     Example:
@@ -76,6 +76,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
 
     config_class = BlockedCausalLMConfig
     main_input_name = "input_ids"
+    handed_on = ("norm", "lm_head")
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -107,9 +108,8 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
                 init.constant_(module.logit_scale, 2.0)
             if self.config.initialization == "identity":
                 if self.config.context == "cascade" and not module.is_first:
-                    zero_output_projections(module.model)
-                if module.auxiliary is not None:
-                    zero_output_projections(module.auxiliary)
+                    module.zero_branches()
+                module.zero_auxiliary_branches()
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.embed_tokens
@@ -151,7 +151,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
     ) -> Float[Tensor, "batch tokens width"]:
         """A block's layers on a clean hidden state, before its norm: transformers' own forward pass.
 
-        With ``position_embeddings`` (see :meth:`single_step`) the layers run without what a decoder does around them.
+        With ``position_embeddings`` (see ``single_step``) the layers run without what a decoder does around them.
         """
         cache = None if past_key_values is None else self._cache_of(past_key_values, block)
         if position_embeddings is not None:
@@ -210,18 +210,18 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             )
         return Cache(layers=cache.layers[layers[0] : layers[-1] + 1])
 
-    @torch.no_grad()
-    def context_of(self, block: int, input_ids: Int[Tensor, "batch tokens"], **kwargs: Any) -> Tensor:
-        """What a block's clean stream starts from, without gradient: the embeddings, or the lower blocks' output.
+    def start(self, inputs: Int[Tensor, "batch tokens"], block: int = 0) -> Float[Tensor, "batch tokens width"]:
+        return self.embed_tokens(inputs)
 
-        Lower blocks run as they will when the model is used, without dropout, whatever mode they are in.
-        """
-        hidden = self.embed_tokens(input_ids)
-        if self.config.context == "cascade":
-            for lower in range(block):
-                with evaluating(self.block(lower).model):
-                    hidden = self.clean_block(hidden, lower, **kwargs)
-        return hidden
+    def places(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+
+    def num_positions(self, inputs: Int[Tensor, "batch tokens"]) -> int:
+        return inputs.shape[1]
+
+    def tied_table(self) -> nn.Parameter | None:
+        table = self.embed_tokens.weight
+        return table if self.config.tied_head and table.requires_grad else None
 
     def head_weight(self, block: int) -> Float[Tensor, "vocab width"]:
         """The output matrix of a block's head."""
@@ -374,7 +374,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             z: noisy targets.
             sigma: their noise levels.
             block: whose head.
-            table: :meth:`target_table`, if at hand.
+            table: ``target_table``, if at hand.
         """
         table = self.target_table() if table is None else table
         z = z.float()
@@ -406,7 +406,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
             attention_mask: 0 at padding.
 
         Raises:
-            ValueError: as :meth:`BlockedPreTrainedModel.denoise`.
+            ValueError: as ``BlockedPreTrainedModel.denoise``.
         """
         self.check_tokens(input_ids, attention_mask, position_ids=position_ids)
         if z.shape != (*input_ids.shape, self.config.hidden_size):
@@ -431,20 +431,6 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         table = self.target_table()
         pairs = self.readout(features, z, sigma, block, table)
         return linear_logits(pairs).float().softmax(-1) @ table
-
-    @torch.no_grad()
-    def begin_block(self, block: int, hand_over: bool = False) -> None:
-        """Start a cascade's block from the block below it: its norm and head, and with ``hand_over`` its auxiliary
-        layers as this block's first layers. Blocks of a pretrained base keep the base's weights."""
-        if block == 0 or self.config.pretrained or self.config.context != "cascade":
-            return
-        module, below = self.block(block), self.block(block - 1)
-        module.norm.load_state_dict(below.norm.state_dict())
-        if module.lm_head is not None:
-            module.lm_head.load_state_dict(below.lm_head.state_dict())
-        if hand_over and below.auxiliary is not None:
-            for mine, theirs in zip(module.model.layers, below.auxiliary.layers, strict=False):
-                mine.load_state_dict(theirs.state_dict())
 
     # -- the language model --------------------------------------------------------------------------------------
 
@@ -543,7 +529,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
     def language_hidden(
         self, hidden: Tensor, block: int | None, cache: Cache | None, *, keep: int = 0, **kwargs: Any
     ) -> Float[Tensor, "batch tokens width"]:
-        """The features of the next token's logits, before :meth:`language_head`: f at sigma_max, normed.
+        """The features of the next token's logits, before ``language_head``: f at sigma_max, normed.
 
         Of the last ``keep`` tokens at least; 0 for all.
         """
@@ -579,7 +565,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         return features
 
     def language_head(self, block: int | None = None) -> Float[Tensor, "vocab width"]:
-        """The matrix that turns :meth:`language_hidden` into logits."""
+        """The matrix that turns ``language_hidden`` into logits."""
         return (
             self.target_table() if self.config.readout == "edm" else self.head_weight(self.language_blocks(block)[-1])
         )
@@ -661,7 +647,7 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
                 an object or mapping (weights are new).
             num_blocks: B, default 3.
             preset: ``paper`` for the paper's settings; ``settings`` override it.
-            **settings: fields of :class:`BlockedCausalLMConfig`; for a base that is loaded by name also ``dtype``,
+            **settings: fields of ``BlockedCausalLMConfig``; for a base that is loaded by name also ``dtype``,
                 ``revision``, ``token`` and ``cache_dir``.
 
         Returns:
@@ -701,22 +687,9 @@ class BlockedForCausalLM(BlockedPreTrainedModel, GenerationMixin):
         preset: str | None = None,
         **settings: Any,
     ) -> BlockedCausalLMConfig:
-        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
-        if isinstance(base_config, PreTrainedConfig):
-            base_config = base_config.to_dict()
-        check_base_settings(base_config)
-        if preset is not None:
-            if preset not in PRESETS:
-                raise ValueError(unknown_name("preset", preset, PRESETS))
-            settings = PRESETS[preset] | settings
-        unknown = [n for n in settings if n not in config_fields()]
-        if unknown:
-            raise ValueError(unknown_name("setting", unknown[0], config_fields()))
-        if settings.get("readout", "clean") != "clean" or settings.get("pretrained"):
-            settings.setdefault("auxiliary_layers", 0)  # a trained base is trained on by its exact gradient
-        if num_blocks is None:
-            num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
-        return BlockedCausalLMConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)
+        """The config of a blocked model from the base's config and settings, as in ``from_base``."""
+        given = family_settings(BlockedCausalLMConfig, PRESETS, base_config, num_blocks, preset, settings)
+        return BlockedCausalLMConfig(**given)
 
     def to_base(self) -> PreTrainedModel:
         """Give back a transformers causal language model: a cascade's layers in order, without auxiliary layers.

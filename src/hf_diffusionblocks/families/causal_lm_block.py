@@ -1,7 +1,6 @@
 """One block of a causal language model: transformers' own decoder of its layers, and what stands around it."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 
 from ..conditioning import Modulation, NoiseEmbedding
+from .categorical import zero_branches
 from .causal_lm_config import BlockedCausalLMConfig
 
 
@@ -35,6 +35,24 @@ class CausalLMBlock(nn.Module):
             self.noisy_in = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         if config.readout == "edm":
             self.logit_scale = nn.Parameter(torch.zeros(()))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The base's layers."""
+        return self.model.layers
+
+    @property
+    def auxiliary_layers(self) -> Sequence[nn.Module]:
+        """Layers that only the block's training loss sees."""
+        return () if self.auxiliary is None else self.auxiliary.layers
+
+    def zero_branches(self) -> None:
+        """Make each layer the identity: what its branches add is zero."""
+        zero_branches(self.layers, _OUTPUTS)
+
+    def zero_auxiliary_branches(self) -> None:
+        """The same for the auxiliary layers."""
+        zero_branches(self.auxiliary_layers, _OUTPUTS)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each layer: no one calls a block as a whole. Of two streams, what runs on each: the MLPs."""
@@ -79,21 +97,3 @@ def _check_decoder(decoder: PreTrainedModel) -> None:
         odd = odd or [f"{a}.{b}" for a, b in _OUTPUTS if not hasattr(getattr(layer, a), b)]
         if odd:
             raise ValueError(f"a model of type {kind!r} cannot be cut: its layers differ from Llama's in {odd}. {mend}")
-
-
-def zero_output_projections(decoder: PreTrainedModel) -> None:
-    """Make each layer the identity: what its branches add is zero."""
-    for layer in decoder.layers:
-        init.zeros_(layer.self_attn.o_proj.weight)
-        init.zeros_(layer.mlp.down_proj.weight)
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """A module in eval mode (no dropout, no checkpointing), and then in the mode that it was in."""
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

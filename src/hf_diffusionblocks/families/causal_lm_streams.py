@@ -1,7 +1,7 @@
 """One new token and the noisy target behind it, block by block: what sampling along the noise grid runs.
 
 The clean token and its target could pass through a block one after the other
-(:meth:`BlockedForCausalLM.clean_block`, :meth:`BlockedForCausalLM.noisy_targets`). Generation is bound by reading the
+(``BlockedForCausalLM.clean_block``, ``BlockedForCausalLM.noisy_targets``). Generation is bound by reading the
 weights, so here they share one pass where that is possible, and what depends on the noise level only is computed once.
 """
 

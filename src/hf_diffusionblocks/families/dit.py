@@ -3,7 +3,7 @@
 A block owns its patch embedding, positions and output head (they are small), so a blocked DiT is B small denoisers in
 one checkpoint and blocks share nothing (arXiv 2506.14202, section 4.2). The block's modules are diffusers' own; noise
 reaches the layers through the timestep conditioning that they have. What differs between the classes stands in the
-table of :mod:`.transformer_classes`.
+table of ``transformer_classes``.
 
 Label dropout for classifier-free guidance is drawn once per sample by the objective. Inside diffusers' DiT every layer
 and the head embed the label for themselves and would each drop it independently, so it is switched off there.
@@ -49,7 +49,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
     ``encoder_hidden_states`` [batch, length, width] and what else its pipeline passes for PixArt
     (``encoder_attention_mask``), SD3 (``pooled_projections``) and Flux (``pooled_projections``, ``guidance``). In SD3
     and Flux the text flows through the layers beside the image; each block embeds it anew: blocks share nothing.
-    Those models sample in diffusers' own pipelines, through :meth:`as_transformer`.
+    Those models sample in diffusers' own pipelines, through ``as_transformer``.
 
     Example:
         >>> config = BlockedDiTConfig(
@@ -116,7 +116,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         return batch | dummy_columns(self.config.columns, batch_size, text_length or kind.text_length)
 
     def conditioning(self, batch: dict[str, Tensor], drop: Tensor | None = None, null: Any = None) -> dict[str, Tensor]:
-        """What :meth:`denoise` takes of a training batch besides the images.
+        """What ``denoise`` takes of a training batch besides the images.
 
         Args:
             batch: ``class_labels`` [batch], or the columns of the model's class, such as the prompts' embeddings.
@@ -200,7 +200,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
                 ``FluxTransformer2DModel``, a pipeline of one, the directory or Hub id of either (weights are copied),
                 or a mapping with the base's config (weights are new; ``_class_name`` names its class).
             num_blocks: B, default 3.
-            **settings: fields of :class:`BlockedDiTConfig`. Of a pipeline whose scheduler predicts epsilon,
+            **settings: fields of ``BlockedDiTConfig``. Of a pipeline whose scheduler predicts epsilon,
                 ``preconditioning="vp_epsilon"`` and the scheduler's ``noise_schedule`` are the default; with a
                 flow-matching scheduler, and for SD3 and Flux, ``rectified_flow``; of a bare DiT or PixArt ``edm``, with
                 a warning. For a base that is loaded by name also ``dtype``, ``revision``, ``token`` and ``cache_dir``.
@@ -241,7 +241,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
     def config_from(
         cls, base_config: Mapping[str, Any], num_blocks: int | None = None, **settings: Any
     ) -> BlockedDiTConfig:
-        """The config of a blocked model from the base's config and settings, as in :meth:`from_base`."""
+        """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         unknown = [n for n in settings if n not in config_fields()]
         if unknown:
             raise ValueError(unknown_name("setting", unknown[0], config_fields()))

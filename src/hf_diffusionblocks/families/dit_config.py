@@ -25,11 +25,11 @@ _LEGACY_SETTINGS = {
 
 
 class BlockedDiTConfig(DiffusionBlocksConfig):
-    """Config of :class:`BlockedDiTModel`: :class:`DiffusionBlocksConfig` and
+    """Config of ``BlockedDiTModel``: ``DiffusionBlocksConfig`` and
 
     Args:
         base_class: diffusers' class of the base, a name of
-            :data:`~hf_diffusionblocks.families.transformer_classes.TRANSFORMER_CLASSES`.
+            ``TRANSFORMER_CLASSES``.
         label_dropout: share of training samples whose label (or prompt) is replaced by the null class (the empty
             prompt), for classifier-free guidance.
         default_sample_size: height and width of images or latents that plans of memory take where the base's config

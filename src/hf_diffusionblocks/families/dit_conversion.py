@@ -19,7 +19,7 @@ def load_base(base: Any, dtype: Any = None, **hub: Any) -> tuple[ModelMixin, dic
     """The base network and, where there is one, its scheduler's config.
 
     Args:
-        base: see :meth:`BlockedDiTModel.from_base`.
+        base: see ``BlockedDiTModel.from_base``.
         dtype: to load it in; by default the files'.
         **hub: ``revision``, ``token``, ``cache_dir``.
     """

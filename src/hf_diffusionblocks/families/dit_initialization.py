@@ -98,7 +98,7 @@ def set_positions(module: PatchEmbed, device: torch.device | str | None = None) 
 
 
 def fill_positions(model: nn.Module, device: torch.device | str) -> None:
-    """:func:`set_positions` of all stems of a model whose files do not hold them."""
+    """``set_positions`` of all stems of a model whose files do not hold them."""
     for module in model.modules():
         if isinstance(module, PatchEmbed) and not module.pos_embed_max_size:
             set_positions(module, device)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class RoutedTransformer(nn.Module):
-    """Looks to a pipeline like the base's transformer; see :meth:`BlockedDiTModel.as_transformer`.
+    """Looks to a pipeline like the base's transformer; see ``BlockedDiTModel.as_transformer``.
 
     A call is handed on as it is to the block that owns the noise level of its timestep, and that block's raw output is
     given back. So nothing is rescaled, and with B = 1 a pipeline computes what it computes with the base, bit for bit.

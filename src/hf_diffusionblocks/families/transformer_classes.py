@@ -1,4 +1,4 @@
-"""The diffusers transformers that :class:`BlockedDiTModel` cuts: one table of what differs between their classes.
+"""The diffusers transformers that ``BlockedDiTModel`` cuts: one table of what differs between their classes.
 
 A class can be cut if its layers lie in lists, one after the other, and each passes on what the next one takes. (The
 layers of a U-Net do not: skip connections tie its first layers to its last, so a block of it would want another's
@@ -213,7 +213,7 @@ def pack(x: Tensor) -> Tensor:
 
 
 def unpack(rows: Tensor, height: int, width: int) -> Tensor:
-    """The way back from :func:`pack`; height and width in squares."""
+    """The way back from ``pack``; height and width in squares."""
     squares = rows.view(len(rows), height, width, rows.shape[-1] // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return squares.reshape(len(rows), rows.shape[-1] // 4, 2 * height, 2 * width)
 

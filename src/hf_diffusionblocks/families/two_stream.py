@@ -158,11 +158,34 @@ def noisy_layer(
         mask: who sees whom, as the attention implementation takes it.
         position_embeddings: of the targets.
     """
+    return modulated_layer(layer, hidden, modulation, embedded, _Append(keys, values), mask, position_embeddings)
+
+
+def modulated_layer(
+    layer: nn.Module,
+    hidden: Float[Tensor, "batch tokens width"],
+    modulation: Modulation,
+    embedded: Float[Tensor, "batch levels dim"],
+    cache: Any,
+    mask: Tensor | None,
+    position_embeddings: tuple[Tensor, Tensor],
+) -> Float[Tensor, "batch tokens width"]:
+    """A layer of the base, modulated by noise levels: one per token, or one per row.
+
+    Args:
+        layer: as in ``noisy_layer``.
+        hidden: its input.
+        modulation: gives shift, scale and gate of attention and MLP.
+        embedded: the noise levels.
+        cache: has ``update(keys, values, ...)``, which gives those to attend to; None for the tokens' own.
+        mask: who sees whom, as the attention implementation takes it.
+        position_embeddings: of the tokens.
+    """
     x = layer.self_attn(
         hidden_states=_recomputed(_modulated, layer.input_layernorm, hidden, modulation, embedded, 0),
         attention_mask=mask,
         position_embeddings=position_embeddings,
-        past_key_values=_Append(keys, values),
+        past_key_values=cache,
     )[0]
     hidden = _recomputed(_gated, hidden, x, modulation, embedded, 2)
     x = layer.mlp(_recomputed(_modulated, layer.post_attention_layernorm, hidden, modulation, embedded, 3))

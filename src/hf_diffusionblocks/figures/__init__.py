@@ -1,4 +1,4 @@
-"""The figures behind :mod:`~hf_diffusionblocks.plots`, before they are written to a file.
+"""The figures behind ``plots``, before they are written to a file.
 
 matplotlib is imported where it is used, and ``pyplot``, which keeps figures and picks a backend, is not used at all.
 """

@@ -28,7 +28,7 @@ MEMORY_KINDS = {  # from dark to light, so that the order shows without colour a
 
 
 def partition_figure(partition: BlockPartition) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_partition`."""
+    """Figure of ``plot_partition``."""
     noise, rows = partition.noise, partition.describe()
     strip = 0.3 * len(rows) + 0.6
     figure, (top, bottom) = axes_figure(
@@ -70,7 +70,7 @@ def partition_figure(partition: BlockPartition) -> "Figure":
 
 
 def memory_figure(plan: Any) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_memory`."""
+    """Figure of ``plot_memory``."""
     rows = list(getattr(plan, "rows", plan))
     if not rows:
         raise ValueError("the memory plan has no rows: nothing to draw.")
@@ -122,7 +122,7 @@ def human_bytes(count: float) -> str:
 
 
 def losses_figure(run_dir: Path, unit: str | None = None, whole: str = "all noise levels") -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_losses`."""
+    """Figure of ``plot_losses``."""
     updates, evaluations = (_read_log(run_dir / name) for name in ("updates.jsonl", "evaluations.jsonl"))
     if not updates:
         raise ValueError(f"{run_dir} has no updates.jsonl with losses: give a trainer's output directory.")
@@ -202,7 +202,7 @@ def curves_figure(
     logy: bool = False,
     reference: Mapping[str, float] | None = None,
 ) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_curves`."""
+    """Figure of ``plot_curves``."""
     if not series:
         raise ValueError("series is empty: give at least one curve.")
     reference = reference or {}

@@ -28,7 +28,7 @@ def sample_grid_figure(
     columns: int | None = None,
     title: str | None = None,
 ) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.save_sample_grid`."""
+    """Figure of ``save_sample_grid``."""
     _check_images(images, "images")
     low, high = float(images.min()), float(images.max())
     if low < -1e-3 or high > 1 + 1e-3:
@@ -77,7 +77,7 @@ def _class_name(label: int, names: Sequence[str] | Mapping[int, str] | None) -> 
 def denoising_figure(
     steps: Sequence[Mapping[str, Any]], partition: BlockPartition, title: str | None = None, sigma_data: float = 0.5
 ) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_denoising`."""
+    """Figure of ``plot_denoising``."""
     if not steps:
         raise ValueError("steps is empty: record at least one step of a sampler (callback=…).")
     shape = steps[0]["z"].shape

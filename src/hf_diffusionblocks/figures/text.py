@@ -15,7 +15,7 @@ _LINES = 40  # lines of a sample that are drawn
 
 
 def block_bits_figure(bits: Sequence[float], whole: float | None, labels: Sequence[str], xlabel: str) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_block_bits`."""
+    """Figure of ``plot_block_bits``."""
     if not bits or len(bits) != len(labels):
         raise ValueError(f"{len(bits)} figures and {len(labels)} labels were given: give one of each per block.")
     values = [*bits] + ([] if whole is None else [whole])
@@ -35,7 +35,7 @@ def block_bits_figure(bits: Sequence[float], whole: float | None, labels: Sequen
 
 
 def text_samples_figure(samples: Sequence[tuple[str, str]], title: str | None) -> "Figure":
-    """Figure of :func:`~hf_diffusionblocks.plots.plot_text_samples`."""
+    """Figure of ``plot_text_samples``."""
     from matplotlib.figure import Figure
 
     if not samples:

@@ -1,4 +1,4 @@
-"""The model card of a saved model. What a push sends to the Hub is in :mod:`hf_diffusionblocks.repository`."""
+"""The model card of a saved model. What a push sends to the Hub is in ``hf_diffusionblocks.repository``."""
 
 from .card import PAPER, model_card, write_model_card
 

@@ -11,12 +11,18 @@ from ..families.base_loading import LOADING, hub_settings
 from ..recipes import Recipe
 from ..recipes.families import FAMILIES
 from ..suggest import unknown_name
-from . import images, text
+from . import classification, images, masked_text, text
 from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
 from .images import build_trainer, load_data, sample
+from .masked_text import sample_masked
 from .text import sample_text
 
-JOBS: dict[str, ModuleType] = {"images": images, "text": text}
+JOBS: dict[str, ModuleType] = {
+    "images": images,
+    "classification": classification,
+    "masked_text": masked_text,
+    "text": text,
+}
 
 
 def _of(family: str) -> ModuleType:
@@ -105,6 +111,7 @@ __all__ = [
     "plan",
     "read_recipe_of",
     "sample",
+    "sample_masked",
     "sample_text",
     "train",
 ]

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..compute import TrainingCompute
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 
 # Where the small model stops to win, and where it has certainly stopped: tokens read per parameter of its layers, at
 # equal memory and compute. From docs/experiments.md (the crossing of the curves "blocked" and "end to end, small");
@@ -60,6 +61,16 @@ def small_model(
 def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallModel) -> str:
     """One paragraph on whether blocks pay here."""
     count = config.num_blocks
+    if isinstance(config, BlockedRecurrentConfig):
+        if not config.two_stream:
+            return "Does denoising pay here? This is the unrolled core; see the plan with method=blocked."
+        counted = f"{config.mean_recurrences + 1} recurrences on average, the gradient through the last "
+        return (
+            f"Does denoising pay here? An update runs the core once and costs {cost.ratio:.2f} updates of the unrolled "
+            f"core ({counted}{config.backprop_depth}; --method end_to_end), so for that compute it gets "
+            f"{1 / cost.ratio:.1f} times the updates. For the same compute an ordinary decoder of {small.layers} "
+            f"layers (family causal_lm) gets {small.updates:.2f} times the denoiser's: compare with it."
+        )
     if config.pretrained:
         return (
             f"Do blocks pay here? The base is pretrained and cannot be made smaller, so the choice is between training "
@@ -100,7 +111,7 @@ def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallMod
 
 
 def advice_values(cost: TrainingCompute, small: SmallModel) -> Mapping[str, Any]:
-    """The figures behind :func:`advice`, JSON-ready."""
+    """The figures behind ``advice``, JSON-ready."""
     return {
         "flops_per_update_of_every_block": cost.flops,
         "flops_per_end_to_end_update": cost.end_to_end,

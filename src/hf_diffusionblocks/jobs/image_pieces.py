@@ -12,6 +12,8 @@ from ..training import DiffusionBlocksTrainer
 from ..training.parallel import my_blocks
 from ..training.residency import construction
 
+# Side and channels of the images, in the section model.
+_SHAPE = {"dit": ("sample_size", "in_channels"), "image_classification": ("image_size", "num_channels")}
 LATENTS = "latents"  # where the recipes of latent models expect them
 
 
@@ -25,7 +27,7 @@ def is_latent_source(name: Any) -> bool:
 def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     """Training and held-out data of a recipe. Size and channels are the model's where the recipe gives none."""
     data = recipe.data
-    size, channels = recipe.model.get("sample_size"), recipe.model.get("in_channels")
+    size, channels = (recipe.model.get(name) for name in _SHAPE[recipe.family])
     if is_latent_source(data.name) or "base" in recipe.model or channels not in (1, 3):
         size = channels = None  # latents come as they are, and a base is loaded later
     if data.name == "digits":  # 8 x 8 in every run: another size is a mistake

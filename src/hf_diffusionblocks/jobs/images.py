@@ -38,7 +38,7 @@ from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_sourc
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``; see :func:`hf_diffusionblocks.jobs.plan`."""
+    """``diffusionblocks plan``; see ``hf_diffusionblocks.jobs.plan``."""
     from ..memory import plan_memory
 
     recipe = resolve_method(recipe)
@@ -61,7 +61,7 @@ def train(
     report: bool = True,
     say: Say = print,
 ) -> Path:
-    """``diffusionblocks train``; see :func:`hf_diffusionblocks.jobs.train`."""
+    """``diffusionblocks train``; see ``hf_diffusionblocks.jobs.train``."""
     from ..plots import SampleGridCallback
 
     recipe = resolve_method(recipe)
@@ -202,7 +202,7 @@ def record_denoising(
     """State and estimate at every step of sampling one batch, with the block that worked; of latents, decoded.
 
     A noisy latent is decoded as it is drawn, times ``c = sigma_data / sqrt(sigma^2 + sigma_data^2)``: undone here, as
-    :func:`~hf_diffusionblocks.plots.plot_denoising` multiplies by it.
+    ``plot_denoising`` multiplies by it.
     """
     steps: list[dict[str, Any]] = []
 
@@ -297,7 +297,7 @@ def sample(
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
-    """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
+    """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
@@ -312,7 +312,7 @@ def evaluate(
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
-    """``diffusionblocks encode``; see :func:`hf_diffusionblocks.jobs.encode`."""
+    """``diffusionblocks encode``; see ``hf_diffusionblocks.jobs.encode``."""
     vae = load_vae(recipe)
     if vae is None:
         raise ValueError(f"recipe {recipe.name!r} names no VAE: set sampling.vae to a directory or Hub id.")

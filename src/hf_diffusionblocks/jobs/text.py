@@ -5,45 +5,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
 from .. import serialization
 from ..baselines.end_to_end import resolve_method
 from ..compute import TrainingCompute, training_flops
-from ..data.tokenizing import tokenizer_size
 from ..evaluation import format_figures, generate_text, prompt_tokens, score_text
-from ..families.base_loading import hub_settings
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..hub import model_card, write_model_card
 from ..memory import MemoryPlan, plan_memory
 from ..modeling import format_block_parameters
 from ..recipes import Recipe
-from ..training.checkpoint import find_checkpoints
+from ..recipes.sections import TextSampling
 from .advice import advice, advice_values, small_model
 from .common import (
     FIGURES_DIR,
     FIGURES_NAME,
     MODEL_DIR,
-    RECIPE_NAME,
     Say,
     check_output,
-    merge_jobs,
-    new_directory,
     planned,
     say_figures,
     say_where,
-    trainer_says,
 )
 from .text_pieces import (
-    build_trainer,
-    load_data,
     load_held_out,
     load_model,
-    make_tokenizer,
     planned_vocabulary,
-    save_tokenizer,
 )
+from .text_runs import TextRun, convert_text, train_text
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
@@ -78,7 +69,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     small_config = BlockedCausalLMConfig(base_config=base, num_blocks=1, **plain)
     small_cost = training_flops(small_config, batch_size=batch_size, **checkpointing, **tokens)
     with torch.device("meta"):
-        model = BlockedForCausalLM(config)
+        model = recipe.kind.model_class(config)
     layer = sum(p.numel() for p in model.block(0).model.layers[0].parameters())
     small = small_model(layer, cost, small_cost, layers, read)
     advised = advice(config, cost, small)
@@ -116,57 +107,15 @@ def _compute(cost: TrainingCompute) -> list[str]:
     ]
 
 
-def train(
-    recipe: Recipe,
-    *,
-    blocks: list[int] | None = None,
-    lower: str | None = None,
-    resume: bool = True,
-    report: bool = True,
-    say: Say = print,
-) -> Path:
-    """``diffusionblocks train``; see :func:`hf_diffusionblocks.jobs.train`."""
-    tokenizer = make_tokenizer(recipe)
-    train_data, test_data = load_data(recipe, tokenizer)
-    recipe = resolve_method(recipe, recipe.model.get("vocab_size") or tokenizer_size(tokenizer), len(train_data))
-    output = Path(recipe.training_arguments().output_dir)
-    trainer = build_trainer(recipe, train_data, test_data, tokenizer, blocks=blocks, lower=lower)
-    for prompt in recipe.sampling.prompts if report and (blocks is None or lower is not None) else ():
-        prompt_tokens(trainer.model.config, tokenizer, prompt, recipe.sampling.max_new_tokens)
-    say = trainer_says(trainer, say)
-    output.mkdir(parents=True, exist_ok=True)
-    resumed = resume and bool(find_checkpoints(trainer.output_dir))
-    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {trainer.output_dir}")
-    rows = f"{len(train_data)} rows of {recipe.data.block_length} tokens"
-    say(f"text: {rows}, vocabulary {trainer.model.config.vocab_size}; held out: {len(test_data)} rows")
-    for line in (format_block_parameters(trainer.model), *_parts(trainer.model)):
-        say(line)
-    if trainer.group.is_leader:
-        serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
-    summary = trainer.train(resume_from_checkpoint=resume)
-    model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
-    if not trainer.group.is_leader:
-        return model_dir
-    save_tokenizer(tokenizer, model_dir)
-    seconds = summary["training_seconds"]
-    _write_card(trainer.model, recipe, model_dir, {"training_seconds": seconds})
-    say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
-    whole = len(trainer.model.resident_blocks) == trainer.model.partition.num_blocks
-    reported = (tokenizer, recipe, test_data, output, summary, say)
-    if trainer.is_job:
-        merged = merge_jobs(output, summary, say)
-        if merged is None:
-            return model_dir
-        model_dir, model = merged, BlockedForCausalLM.from_pretrained(merged).to(trainer.model.device)
-        if report:
-            write_report(model.eval(), *reported)
-    elif report and whole and (blocks is None or lower is not None):
-        if trainer.group.sharded:
-            write_report(BlockedForCausalLM.from_pretrained(model_dir).to(trainer.model.device).eval(), *reported)
-        else:
-            with trainer.averaged_weights():
-                write_report(trainer.model, *reported)
-    return model_dir
+def train(recipe: Recipe, **settings: Any) -> Path:
+    """``diffusionblocks train``; see ``hf_diffusionblocks.jobs.train``."""
+    return train_text(recipe, TextRun(_check_prompt, write_report, _write_card, _parts), **settings)
+
+
+def _check_prompt(
+    config: BlockedCausalLMConfig, tokenizer: PreTrainedTokenizerBase, prompt: str, settings: TextSampling
+) -> None:
+    prompt_tokens(config, tokenizer, prompt, settings.max_new_tokens)
 
 
 def write_report(
@@ -261,22 +210,7 @@ def _write_card(model: BlockedForCausalLM, recipe: Recipe, model_dir: Path, figu
 
 def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
     """``diffusionblocks convert``: cut a pretrained language model into blocks and save it with its tokenizer."""
-    target = new_directory(output_dir)
-    hub = hub_settings(settings)
-    if PreTrainedConfig.get_config_dict(base, **hub)[0].get("model_type") == BlockedCausalLMConfig.model_type:
-        raise ValueError(f"{base} has been cut into blocks already: give the base that it was made from.")
-    try:
-        model = BlockedForCausalLM.from_base(base, **settings)
-    except OSError as error:
-        raise ValueError(f"{base} cannot be loaded: {error}") from error
-    model.save_pretrained(target)
-    try:
-        save_tokenizer(AutoTokenizer.from_pretrained(base, **hub), target)
-    except (OSError, ValueError, KeyError) as error:
-        say(f"no tokenizer could be loaded from {base} ({' '.join(str(error).split())}): none was saved.")
-    for line in (format_block_parameters(model), *_parts(model), f"saved in {target}"):
-        say(line)
-    return target
+    return convert_text(BlockedForCausalLM, _parts, base, output_dir, settings, say)
 
 
 def sample_text(
@@ -299,13 +233,11 @@ def sample_text(
         stream: print tokens as they come; otherwise each text at its end.
         block_streaming: ``host`` or ``disk``: keep one block on the device, the others there.
         say: prints.
-        **settings: fields of :class:`~hf_diffusionblocks.recipes.sections.TextSampling` that are not None.
+        **settings: fields of ``TextSampling`` that are not None.
 
     Returns:
         The texts, prompts included.
     """
-    from ..recipes.sections import TextSampling
-
     given = {name: value for name, value in settings.items() if value is not None}
     if prompts is not None:
         given["prompts"] = prompts
@@ -323,7 +255,7 @@ def sample_text(
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
-    """``diffusionblocks evaluate``; see :func:`hf_diffusionblocks.jobs.evaluate`."""
+    """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
     model, tokenizer = load_model(model_dir)
     test_data = load_held_out(recipe, tokenizer)

@@ -11,19 +11,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data import load_documents, load_text_dataset, load_tokenizer
-from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size
+from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size, with_mask_token
 from ..families.causal_lm import BlockedForCausalLM
 from ..recipes import Recipe
-from ..recipes.families import BYTES
+from ..recipes.families import BYTES, FAMILIES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
-from ..training.parallel import my_blocks
 from ..training.residency import construction
-from .common import loading, pick_device
+from .cascade_jobs import held_blocks, how_to_mend, take_lower_blocks
+from .common import family_of, loading, pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
 STREAM_DOCUMENTS = 20_000
-_SAME = ("base_config", "num_blocks", "layers_per_block", "readout", "context", "auxiliary_layers")
 
 
 def _source(recipe: Recipe) -> dict[str, Any]:
@@ -45,7 +44,15 @@ def _source(recipe: Recipe) -> dict[str, Any]:
 
 
 def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
-    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split."""
+    """The recipe's tokenizer: the base's own, one by name, or one trained on the training split.
+
+    Of a new model whose tokens are hidden it gets a mask token; a pretrained base knows its own tokens only.
+    """
+    tokenizer = _make_tokenizer(recipe)
+    return with_mask_token(tokenizer) if recipe.kind.hides_tokens and "base" not in recipe.model else tokenizer
+
+
+def _make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     data = recipe.data
     if data.tokenizer is None and "base" in recipe.model:
         return load_tokenizer(recipe.model["base"])
@@ -96,15 +103,15 @@ def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, *
 
 def planned_vocabulary(recipe: Recipe) -> int | None:
     """The vocabulary's size without loading more than a plan needs; None if the recipe's model or base has its own."""
-    data = recipe.data
+    data, mask = recipe.data, int(recipe.kind.hides_tokens)
     if "base" in recipe.model or "vocab_size" in recipe.model:
         return None
     if data.tokenizer == "byte":
-        return BYTES
+        return BYTES + mask
     if data.tokenizer == "bpe":
-        return data.vocab_size
+        return data.vocab_size + mask
     if data.tokenizer in (None, "character") and data.name is None:
-        return BYTES
+        return BYTES + mask
     return tokenizer_size(make_tokenizer(recipe))
 
 
@@ -134,23 +141,7 @@ def build_trainer(
     """
     args = recipe.training_arguments()
     config = recipe.config(tokenizer=tokenizer)
-    cascade = config.context == "cascade" and config.num_blocks > 1
-    if lower is not None and (blocks is None or not cascade or min(blocks) == 0):
-        raise ValueError(
-            f"--lower {lower} gives a cascade's job the trained blocks below its own: name a block above 0 with "
-            "--block, in a recipe with blocks.context=cascade."
-        )
-    for block in blocks or ():
-        config.make_partition().check_block(block)
-    held = blocks
-    if blocks is not None:
-        args.blocks = sorted(set(blocks))
-        if cascade and config.pretrained and args.gradient != "local" and not config.auxiliary_layers:
-            held = None  # the exact gradient comes through the blocks above
-        elif cascade and (lower is not None or config.pretrained):
-            held = list(range(max(blocks) + 1))
-    if not cascade:
-        held = my_blocks(config, args)
+    held = held_blocks(config, args, blocks, lower)
     with torch.random.fork_rng(devices=[]), construction(args):
         torch.manual_seed(args.seed)
         model = recipe.build_model(held, tokenizer)
@@ -168,20 +159,8 @@ def build_trainer(
         return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
     except ValueError as error:
         if blocks is not None:
-            raise ValueError(f"{error}{_how_to_mend(str(error), blocks)}") from error
+            raise ValueError(f"{error}{how_to_mend(str(error), blocks)}") from error
         raise
-
-
-def _how_to_mend(error: str, blocks: list[int]) -> str:
-    """The same advice in the words of the command line."""
-    if "train_shared=" in error:
-        return " On the command line: training.train_shared=none."
-    if "have not been trained" in error:
-        return (
-            f" On the command line: train --block {blocks[0] - 1} first, then --block {blocks[0]} with --lower, the "
-            "directory of the model that it saved."
-        )
-    return ""
 
 
 def _take_lower_blocks(
@@ -196,19 +175,7 @@ def _take_lower_blocks(
                 "the same ids are other text to them. Use the same data and tokenizer for all blocks of a cascade, or "
                 f"set data.tokenizer={directory}."
             )
-    for block in range(count):  # one at a time: they may be streamed
-        below = BlockedForCausalLM.from_pretrained(directory, blocks=[block])
-        for name in _SAME:
-            theirs, ours = getattr(below.config, name), getattr(model.config, name)
-            if theirs != ours:
-                raise ValueError(
-                    f"the blocks in {directory} belong to another model: its {name} is {theirs!r}, here {ours!r}. Use "
-                    "the same recipe for all blocks of a cascade."
-                )
-        model.block(block).load_state_dict(below.block(block).state_dict())
-    shared = {name: tensor for name, tensor in below.state_dict().items() if not name.startswith("blocks.")}
-    model.load_state_dict(shared, strict=False)
-    model.config.trained_blocks = list(below.config.trained_blocks)
+    take_lower_blocks(model, directory, count)
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
@@ -219,9 +186,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
             os.replace(path, directory / path.name)
 
 
-def load_model(
-    model_dir: str, block_streaming: str | None = None
-) -> tuple[BlockedForCausalLM, PreTrainedTokenizerBase]:
+def load_model(model_dir: str, block_streaming: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A saved blocked language model and its tokenizer.
 
     Args:
@@ -233,6 +198,7 @@ def load_model(
     """
     tokenizer = load_tokenizer(model_dir)
     with loading(block_streaming):
-        model = BlockedForCausalLM.from_pretrained(model_dir)
+        kind = FAMILIES[family_of(model_dir)]
+        model = (kind.model_class if kind.has_text else BlockedForCausalLM).from_pretrained(model_dir)
     check_tokenizer(tokenizer, model.config.vocab_size)
     return model.to(pick_device()).eval(), tokenizer

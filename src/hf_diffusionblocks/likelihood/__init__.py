@@ -30,6 +30,7 @@ serves every noise level.
 from .bound import SAMPLINGS, denoising_bound
 from .information import equal_information_partition, information_profile
 from .language_models import DENOISERS, ESTIMATORS, language_model_likelihood, likelihood_bound
+from .masked import masked_likelihood_bound
 from .result import Likelihood, LikelihoodBound
 
 __all__ = [
@@ -43,4 +44,5 @@ __all__ = [
     "information_profile",
     "language_model_likelihood",
     "likelihood_bound",
+    "masked_likelihood_bound",
 ]

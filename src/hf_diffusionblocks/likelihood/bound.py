@@ -77,6 +77,18 @@ class NoiseSampling:
         return log_sigma.exp(), (-2 * log_sigma).exp() * self.width / self.mass[cell]
 
 
+class RowNoiseSampling(NoiseSampling):
+    """The same with one noise level for all tokens of a row, stratified over the rows: for a denoiser whose tokens see
+    each other's noisy targets at one level."""
+
+    def __call__(
+        self, rows: int, tokens: int, generator: torch.Generator | None
+    ) -> tuple[Float[Tensor, "rows tokens"], Float[Tensor, "rows tokens"]]:
+        """As ``NoiseSampling.__call__``."""
+        sigma, weight = super().__call__(1, rows, generator)
+        return sigma[0, :, None].expand(rows, tokens), weight[0, :, None].expand(rows, tokens)
+
+
 @dataclass
 class Draw:
     """One noise level per token.
@@ -230,6 +242,12 @@ def summarise(sums: RowSums, edges: Sequence[float], **fields: object) -> Likeli
         blocks[..., -1] += nats[..., -2]
         blocks[..., 0] += nats[..., -1]
         folded.add(blocks, counts)
+    ends = {"cross_entropy_at_sigma_min": float(sums.mean(-2)), "prior_nats": float(sums.mean(-1))}
+    return summarise_shares(folded, edges, **ends, **fields)
+
+
+def summarise_shares(folded: RowSums, edges: Sequence[float], **fields: object) -> LikelihoodBound:
+    """The result of sums whose parts are the blocks' shares."""
     shares, whole = folded.mean(), slice(None)
     blocks = range(len(shares))
     return LikelihoodBound(
@@ -241,8 +259,6 @@ def summarise(sums: RowSums, edges: Sequence[float], **fields: object) -> Likeli
         nats_per_block=tuple(shares.tolist()),
         standard_error_per_block=tuple(float(folded.standard_error(b)) for b in blocks),
         monte_carlo_error_per_block=tuple(float(folded.monte_carlo_error(b)) for b in blocks),
-        cross_entropy_at_sigma_min=float(sums.mean(-2)),
-        prior_nats=float(sums.mean(-1)),
         **fields,
     )
 

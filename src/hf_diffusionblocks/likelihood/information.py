@@ -42,17 +42,17 @@ def information_profile(
 
     Args:
         model: trained, with all blocks resident.
-        dataset: as in :func:`likelihood_bound`.
+        dataset: as in ``likelihood_bound``.
         num_bins: how many.
-        denoiser: as in :func:`likelihood_bound`.
+        denoiser: as in ``likelihood_bound``.
         num_draws: noise levels per token and block.
-        sampling: as in :func:`likelihood_bound`.
+        sampling: as in ``likelihood_bound``.
         max_rows: use the first so many rows only.
         batch_size: rows per forward pass.
         seed: of noise levels and noise.
 
     Raises:
-        ValueError: for a model that has not been trained, and as :func:`likelihood_bound`.
+        ValueError: for a model that has not been trained, and as ``likelihood_bound``.
     """
     denoiser = checked_denoiser(model, denoiser)
     check_draws(num_draws)
@@ -100,14 +100,14 @@ def equal_information_partition(
 
     Args:
         model: the pilot's, trained; any number of blocks.
-        dataset: held-out rows, as in :func:`likelihood_bound`.
+        dataset: held-out rows, as in ``likelihood_bound``.
         num_blocks: of the new partition, by default the model's.
         layers_per_block: of the new partition, by default an even spread.
         overlap: of the new partition, by default the model's.
-        **measuring: of :func:`information_profile`.
+        **measuring: of ``information_profile``.
 
     Raises:
-        ValueError: as :func:`information_profile` and :meth:`BlockPartition.equal_information`.
+        ValueError: as ``information_profile`` and ``BlockPartition.equal_information``.
     """
     profile, partition = information_profile(model, dataset, **measuring), model.partition
     return BlockPartition.equal_information(

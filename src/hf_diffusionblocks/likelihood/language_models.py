@@ -3,10 +3,10 @@
 A blocked language model has two figures:
 
 ``blocks``
-    block b's D on its own range of noise levels, as :meth:`BlockedForCausalLM.denoise` and generation along the noise
+    block b's D on its own range of noise levels, as ``BlockedForCausalLM.denoise`` and generation along the noise
     grid use it.
 ``language_model``
-    f of the next token's logits (:meth:`BlockedForCausalLM.forward`) at every noise level, ``readout="clean"`` only.
+    f of the next token's logits (``BlockedForCausalLM.forward``) at every noise level, ``readout="clean"`` only.
     No bound is needed: the figure is ``-log softmax(f)``. In a cascade its split says in which range the last block's
     knowledge is asked for, not what each block's layers add.
 
@@ -35,7 +35,17 @@ from transformers import PreTrainedModel
 from ..families.causal_lm import BlockedForCausalLM
 from ..objectives.next_token import next_tokens
 from ..suggest import unknown_name
-from .bound import Errors, NoiseSampling, check_draws, cross_entropy_at, draw_range, noisy_at, prior_nats, summarise
+from .bound import (
+    Errors,
+    NoiseSampling,
+    RowNoiseSampling,
+    check_draws,
+    cross_entropy_at,
+    draw_range,
+    noisy_at,
+    prior_nats,
+    summarise,
+)
 from .result import Likelihood, LikelihoodBound, RowSums
 from .rows import BlockErrors, Targets, batches, evaluating, next_token_losses
 
@@ -67,7 +77,7 @@ def likelihood_bound(
         estimator: ``edges``, ``controlled`` or ``integral``, see the module; by default ``edges`` for
             ``readout="clean"``, else ``controlled``.
         num_draws: noise levels per token and block; 2 at least for an error of the noise alone.
-        sampling: ``importance`` or ``log_uniform``, see :mod:`~hf_diffusionblocks.likelihood.bound`.
+        sampling: ``importance`` or ``log_uniform``, see ``bound``.
         max_rows: use the first so many rows only.
         batch_size: rows per forward pass.
         seed: of noise levels and noise.
@@ -101,7 +111,7 @@ def likelihood_bound(
         exact=estimator == "edges" and (denoiser == "language_model" or model.config.num_blocks == 1),
         denoiser=denoiser,
         estimator=estimator,
-        characters_per_token=_characters_per_token(dataset, characters_per_token),
+        characters_per_token=known_characters_per_token(dataset, characters_per_token),
     )
 
 
@@ -115,12 +125,12 @@ def language_model_likelihood(
 ) -> Likelihood:
     """Negative log-likelihood of the next token's logits: blocked models and any causal language model alike.
 
-    For a blocked model it is the cross-entropy at sigma_max. Rows and targets are those of :func:`likelihood_bound`,
+    For a blocked model it is the cross-entropy at sigma_max. Rows and targets are those of ``likelihood_bound``,
     so the figures compare.
 
     Args:
         model: blocked, or any of transformers' with ``logits`` over the same tokens.
-        dataset: as in :func:`likelihood_bound`.
+        dataset: as in ``likelihood_bound``.
         max_rows: use the first so many rows only.
         batch_size: rows per forward pass.
         characters_per_token: for bits per character; by default what the data set says.
@@ -139,7 +149,7 @@ def language_model_likelihood(
         nats_per_token=float(sums.mean(0)),
         standard_error=float(sums.standard_error(0)),
         num_tokens=sums.num_tokens,
-        characters_per_token=_characters_per_token(dataset, characters_per_token),
+        characters_per_token=known_characters_per_token(dataset, characters_per_token),
     )
 
 
@@ -184,7 +194,8 @@ def _checked_estimator(model: BlockedForCausalLM, estimator: str | None) -> str:
 def range_samplings(model: BlockedForCausalLM, sampling: str) -> list[NoiseSampling]:
     """The distribution of noise levels in each block's own range."""
     partition = model.partition
-    return [NoiseSampling(*partition.range(b), sampling) for b in range(partition.num_blocks)]
+    kind = RowNoiseSampling if getattr(model.config, "noise_per", "token") == "row" else NoiseSampling
+    return [kind(*partition.range(b), sampling) for b in range(partition.num_blocks)]
 
 
 def walk(targets: Targets, denoiser: str) -> Iterator[tuple[int, BlockErrors]]:
@@ -258,7 +269,8 @@ def _check_batch(model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
         )
 
 
-def _characters_per_token(dataset: Any, given: float | int | None) -> float | None:
+def known_characters_per_token(dataset: Any, given: float | int | None) -> float | None:
+    """Characters per token: as given, or what the data set says; None if neither does."""
     if given is None:
         return getattr(dataset, "characters_per_token", None)
     if not given > 0:

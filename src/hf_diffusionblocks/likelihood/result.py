@@ -69,7 +69,8 @@ class LikelihoodBound(Likelihood):
         denoiser: whose figure it is: ``blocks``, each block's D in its own range, or ``language_model``, the f of the
             next token's logits at every noise level.
         estimator: ``integral``, noise levels were drawn; ``controlled``, with a control variate; ``edges``,
-            differences of cross-entropies given z at the edges.
+            differences of cross-entropies given z at the edges; ``masked``, tokens were hidden, and ``edges`` are mask
+            rates.
     """
 
     monte_carlo_error: float = math.nan

@@ -87,7 +87,7 @@ class Targets:
 
     @cached_property
     def language_features(self) -> Float[Tensor, "rows tokens width"]:
-        """What the next token's logits are made of, see :meth:`BlockedForCausalLM.language_hidden`."""
+        """What the next token's logits are made of, see ``BlockedForCausalLM.language_hidden``."""
         return self.model.language_hidden(self.model.embed_tokens(self.ids), None, None, **self.places)
 
     def next_token_losses(self) -> Float[Tensor, "rows tokens"]:
@@ -184,7 +184,7 @@ def next_token_losses(
 ) -> Float[Tensor, "rows tokens"]:
     """``-log softmax(f)`` of each next token, float64; 0 where there is none.
 
-    f is that of :meth:`BlockedForCausalLM.forward`, or any transformers model's logits.
+    f is that of ``BlockedForCausalLM.forward``, or any transformers model's logits.
     """
     if isinstance(model, BlockedForCausalLM):
         return Targets(model, batch).next_token_losses()

@@ -9,6 +9,7 @@ from typing import Any
 
 _HOMES = {
     "ClassAgreement": "image",
+    "ClassificationQuality": "classification",
     "ClassifierFeatures": "features",
     "DistinctN": "text",
     "FeatureNetwork": "features",

@@ -4,27 +4,47 @@ from typing import Any
 
 from ..configuration import DiffusionBlocksConfig
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.image_classification_config import BlockedImageClassificationConfig
+from ..families.masked_lm_config import BlockedMaskedLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 from .exact_gradient import ExactNextTokenPrediction, check_exact
+from .label_prediction import ExactLabelPrediction, LabelPrediction
+from .masked import MaskedDiffusion
 from .next_token import NextTokenPrediction
+from .recurrent import RecurrentDenoising, TruncatedBackpropagation
 from .result import HeldOutLoss, ObjectiveResult
 from .score_matching import DenoisingScoreMatching, denoise_routed, held_out_loss, weighted_error
+
+# By config: the objective of a block alone, and that of the whole chain with its exact gradient in one block.
+_OBJECTIVES: dict[type[DiffusionBlocksConfig], tuple[type, type]] = {
+    BlockedCausalLMConfig: (NextTokenPrediction, ExactNextTokenPrediction),
+    BlockedImageClassificationConfig: (LabelPrediction, ExactLabelPrediction),
+    BlockedMaskedLMConfig: (MaskedDiffusion, MaskedDiffusion),  # blocks stand alone: check_exact refuses
+}
+
+
+def _kinds(config: DiffusionBlocksConfig) -> tuple[type, type]:
+    if isinstance(config, BlockedRecurrentConfig):  # a causal language model's, too: asked for first
+        return (RecurrentDenoising if config.two_stream else TruncatedBackpropagation,) * 2
+    return next((k for c, k in _OBJECTIVES.items() if isinstance(config, c)), (DenoisingScoreMatching,) * 2)
 
 
 def default_objective(
     config: DiffusionBlocksConfig, gradient: str = "local", **settings: Any
-) -> DenoisingScoreMatching | NextTokenPrediction:
-    """The objective of a family: :class:`NextTokenPrediction` for language models, else denoising score matching.
+) -> DenoisingScoreMatching | NextTokenPrediction | TruncatedBackpropagation | LabelPrediction | MaskedDiffusion:
+    """The objective of a family: that of next or of hidden tokens for language models, ``LabelPrediction`` for image
+    classifiers, else denoising score matching.
 
     Args:
         config: the model's.
         gradient: ``exact`` for the last block's loss with its exact gradient in each block
-            (:class:`ExactNextTokenPrediction`); with one block, its own loss is just that.
+            (``ExactNextTokenPrediction``, ``ExactLabelPrediction``); with one block, its own loss is that.
         **settings: of the objective; those that it does not know are left out if they are not set.
     """
-    kind = NextTokenPrediction if isinstance(config, BlockedCausalLMConfig) else DenoisingScoreMatching
-    if gradient == "exact" and config.num_blocks > 1:
+    exact = gradient == "exact" and config.num_blocks > 1
+    if exact:
         check_exact(config)
-        kind = ExactNextTokenPrediction
+    kind = _kinds(config)[exact]
     known = kind.__dataclass_fields__
     for name, value in settings.items():
         if name not in known and value:
@@ -36,10 +56,15 @@ def default_objective(
 
 __all__ = [
     "DenoisingScoreMatching",
+    "ExactLabelPrediction",
     "ExactNextTokenPrediction",
     "HeldOutLoss",
+    "LabelPrediction",
+    "MaskedDiffusion",
     "NextTokenPrediction",
     "ObjectiveResult",
+    "RecurrentDenoising",
+    "TruncatedBackpropagation",
     "default_objective",
     "denoise_routed",
     "held_out_loss",

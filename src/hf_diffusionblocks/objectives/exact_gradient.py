@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..configuration import DiffusionBlocksConfig
+from ..families.categorical import BlockedCategoricalModel
 from ..families.causal_lm import BlockedForCausalLM
 from ..losses import linear_cross_entropy
 from .next_token import NextTokenPrediction, _by_row, next_tokens
@@ -47,13 +48,16 @@ def check_exact(config: DiffusionBlocksConfig) -> None:
         )
 
 
-@dataclass
-class ExactNextTokenPrediction(NextTokenPrediction):
-    """Cross-entropy of the last block's next token, with its exact gradient in one block.
+class ExactGradient:
+    """Makes an objective of a cascade's blocks that of the whole network, with its exact gradient in one block.
+
+    Stands before a family's objective among the bases of a class.
 
     Raises:
         ValueError: for a teacher: only the data's loss is known.
     """
+
+    teacher: Any
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -62,40 +66,51 @@ class ExactNextTokenPrediction(NextTokenPrediction):
                 "gradient='exact' with a teacher is not known: set distillation_weight and hidden_weight to 0."
             )
 
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        """The classes to predict."""
+        raise TypeError(f"{type(self).__name__} must define targets().")
+
+    def losses(self, model: BlockedCategoricalModel, output: Tensor, targets: Tensor, block: int, tied: bool) -> Tensor:
+        """Cross-entropy of each target that counts, from the last block's output; ``tied``: its gradient reaches the
+        table that the head is tied to."""
+        raise TypeError(f"{type(self).__name__} must define losses().")
+
+    def by_sample(self, losses: Tensor, targets: Tensor) -> Tensor:
+        """Mean loss of each sample, detached."""
+        raise TypeError(f"{type(self).__name__} must define by_sample().")
+
     def __call__(
         self,
-        model: BlockedForCausalLM,
+        model: BlockedCategoricalModel,
         block: int,
         batch: dict[str, Tensor],
         generator: torch.Generator | None = None,
     ) -> ObjectiveResult:
-        """The whole network's loss on one batch, in nats per token; its gradient is that of the block's weights, and of
-        the token embedding if it can be had from there (block 0, or a head that is tied to it).
+        """The whole network's loss on one batch, in nats; its gradient is that of the block's weights, and of a table
+        that block 0 trains (token embeddings) if it can be had from there: block 0, or a head that is tied to it.
 
         Args:
             model: the model, with all blocks loaded.
             block: which block trains.
-            batch: as :class:`NextTokenPrediction`'s, without ``hidden_states``.
-            generator: unused.
+            batch: as the family's own objective takes it, without ``hidden_states``.
+            generator: of what the objective draws (mirrored images).
         """
-        labels = next_tokens(batch)
-        places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+        batch = self.prepare(batch, generator)
+        targets, places = self.targets(batch), model.places(batch)
+        inputs = batch[model.main_input_name]
         last = model.partition.num_blocks - 1
-        table = model.embed_tokens.weight
-        # Block 0's trainer may have the embedding: through the input, and through the head if that is tied.
-        with_table = block == 0 and table.requires_grad
+        table = model.tied_table() if block == 0 else None
+        tied = table is not None
         with model.expect_blocks([*range(last + 1), *reversed(range(block, last))]):
-            starts, states = self._forward(model, batch["input_ids"], places, last)
+            starts, states = self._forward(model, inputs, places, last)
             if block == last:
-                hidden = model.embed_tokens(batch["input_ids"]) if with_table else starts[last]
-                losses = self._losses(model, model.clean_block(hidden, last, **places), labels, last, with_table)
-                return ObjectiveResult(losses.mean(), torch.zeros(0), _by_row(losses, labels))
+                hidden = model.start(inputs) if block == 0 else starts[last]
+                losses = self.losses(model, model.clean_block(hidden, last, **places), targets, last, tied)
+                return ObjectiveResult(losses.mean(), torch.zeros(0), self.by_sample(losses, targets))
             with _frozen(model.block(last)):
                 start = starts.pop().requires_grad_()
-                losses = self._losses(model, model.clean_block(start, last, **places), labels, last, with_table)
-                tied = with_table and model.config.tied_head
-                wanted = [start, table] if tied else [start]
-                gradient, *of_table = torch.autograd.grad(losses.mean(), wanted)
+                losses = self.losses(model, model.clean_block(start, last, **places), targets, last, tied)
+                gradient, *of_table = torch.autograd.grad(losses.mean(), [start, table] if tied else [start])
                 losses = losses.detach()
             for upper in range(last - 1, block, -1):
                 start = starts.pop().requires_grad_()
@@ -103,32 +118,49 @@ class ExactNextTokenPrediction(NextTokenPrediction):
                     output = model.clean_block(start, upper, **places)
                     (gradient,) = torch.autograd.grad(output, start, gradient)
                     del output
-            hidden = model.embed_tokens(batch["input_ids"]) if with_table else starts[block]
             with _replayed(states[block]):
+                hidden = model.start(inputs) if block == 0 else starts[block]
                 output = model.clean_block(hidden, block, **places)
             known = [(output, gradient), *zip([table], of_table, strict=False)]
             loss = _KnownGradient.apply(losses.mean(), *(t for pair in known for t in pair))
-        return ObjectiveResult(loss, torch.zeros(0), _by_row(losses, labels))
+        return ObjectiveResult(loss, torch.zeros(0), self.by_sample(losses, targets))
 
     @staticmethod
     @torch.no_grad()
     def _forward(
-        model: BlockedForCausalLM, input_ids: Tensor, places: dict[str, Tensor], last: int
+        model: BlockedCategoricalModel, inputs: Tensor, places: dict[str, Tensor], last: int
     ) -> tuple[list[Tensor], list["_RandomState"]]:
-        """What each block starts from, and the state of the random numbers (dropout) when it does."""
-        starts, states = [model.embed_tokens(input_ids)], []
+        """What each block starts from, and the state of the random numbers (dropout) when it does; of the first block,
+        before the dropout of the model's start."""
+        states = [_RandomState(inputs.device)]
+        starts = [model.start(inputs)]
         for b in range(last):
-            states.append(_RandomState(starts[-1].device))
+            if b > 0:
+                states.append(_RandomState(inputs.device))
             starts.append(model.clean_block(starts[-1], b, **places))
         return starts, states
 
-    @staticmethod
-    def _losses(model: BlockedForCausalLM, output: Tensor, labels: Tensor, last: int, with_table: bool) -> Tensor:
-        weight = model.head_weight(last)
-        if model.config.tied_head and not with_table:
+
+@dataclass
+class ExactNextTokenPrediction(ExactGradient, NextTokenPrediction):
+    """Cross-entropy of the last block's next token, in nats per token, with its exact gradient in one block.
+
+    Raises:
+        ValueError: for a teacher: only the data's loss is known.
+    """
+
+    def targets(self, batch: dict[str, Tensor]) -> Tensor:
+        return next_tokens(batch)
+
+    def losses(self, model: BlockedForCausalLM, output: Tensor, targets: Tensor, block: int, tied: bool) -> Tensor:
+        weight = model.head_weight(block)
+        if model.config.tied_head and not tied:
             weight = weight.detach()
-        features = model.block(last).norm(output).flatten(0, 1)
-        return linear_cross_entropy([(features, weight)], labels.flatten())
+        features = model.block(block).norm(output).flatten(0, 1)
+        return linear_cross_entropy([(features, weight)], targets.flatten())
+
+    def by_sample(self, losses: Tensor, targets: Tensor) -> Tensor:
+        return _by_row(losses, targets)
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -182,4 +214,4 @@ def _frozen(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-__all__ = ["ExactNextTokenPrediction", "check_exact"]
+__all__ = ["ExactGradient", "ExactNextTokenPrediction", "check_exact"]

@@ -90,8 +90,8 @@ class NextTokenPrediction:
             generator: CPU generator of the noise.
         """
         labels = next_tokens(batch)
-        places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
-        hidden = self._start(model, block, batch, places)
+        places = model.places(batch)
+        hidden = model.start_of(block, batch)
         if model.config.two_stream:
             return self._noisy(model, block, batch, hidden, labels, places, generator)
         output = model.clean_block(hidden, block, **places)
@@ -105,12 +105,9 @@ class NextTokenPrediction:
             loss, parts = self._distil(model, block, batch, places, output, pairs, kept, loss)
         return ObjectiveResult(loss, torch.zeros(0), _by_row(losses, labels), parts)
 
-    def _start(self, model: BlockedForCausalLM, block: int, batch: dict[str, Tensor], places: dict) -> Tensor:
-        if model.config.context == "independent" or block == 0:
-            return model.embed_tokens(batch["input_ids"])
-        if "hidden_states" in batch:
-            return batch["hidden_states"].to(model.dtype)
-        return model.context_of(block, batch["input_ids"], **places)
+    def prepare(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
+        """The batch as it is trained on: as it is."""
+        return batch
 
     def _noisy(
         self,
@@ -203,7 +200,7 @@ class NextTokenPrediction:
     ) -> HeldOutLoss:
         """Cross-entropy on held-out rows, nats per token: of the language model, and of each block.
 
-        ``total`` is that of the model's own logits (:meth:`BlockedForCausalLM.forward`): a cascade's last block, else
+        ``total`` is that of the model's own logits (``BlockedForCausalLM.forward``): a cascade's last block, else
         block 0. ``per_range`` is each block's own loss: with its auxiliary layers (``clean``), or at noise levels drawn
         from its range (``exact``, ``edm``), which ranks nothing across models, because low noise is free.
 
@@ -226,7 +223,7 @@ class NextTokenPrediction:
         for start in range(0, count, batch_size):
             batch = dataset[list(range(start, min(start + batch_size, count)))]
             batch = {k: v.to(device) for k, v in batch.items()}
-            places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
+            places = model.places(batch)
             labels = next_tokens(batch)
             hidden = model.embed_tokens(batch["input_ids"])
             features = model.language_hidden(hidden, None, None, **_filled(places, hidden))
@@ -257,13 +254,15 @@ def noisy_targets(
     table: Tensor,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """``z = e_k + sigma eps`` for the tokens that each position predicts, sigma per token from the block's range.
+    """``z = e_k + sigma eps`` for the tokens that each position predicts, sigma from the block's range: per token, or
+    per row where the config says ``noise_per="row"``.
 
     Returns:
         z [batch, tokens, width] and sigma [batch, tokens]; positions without a label get noise alone.
     """
-    sigma = model.partition.sample(block, labels.numel(), generator).to(labels.device, torch.float32)
-    sigma = sigma.view(labels.shape)
+    drawn = labels if getattr(model.config, "noise_per", "token") == "token" else labels[:, :1]
+    sigma = model.partition.sample(block, drawn.numel(), generator).to(labels.device, torch.float32)
+    sigma = sigma.view(drawn.shape).expand(labels.shape)
     y = table[labels.clamp_min(0)] * (labels != IGNORED)[..., None]
     noise = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, non_blocking=True)
     return y + sigma[..., None] * noise, sigma

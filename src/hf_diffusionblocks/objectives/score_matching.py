@@ -1,4 +1,7 @@
-"""Denoising score matching on a block's noise range, and the held-out loss that ranks models."""
+"""Denoising score matching on a block's noise range, and the held-out loss that ranks models.
+
+arXiv 2506.14202, section 3, with the weight of EDM (arXiv 2206.00364, Table 1).
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -103,7 +106,7 @@ class DenoisingScoreMatching:
         return ObjectiveResult(loss, sigma, data.detach(), parts)
 
     def held_out(self, model: BlockedPreTrainedModel, dataset: Any, **settings: Any) -> HeldOutLoss:
-        """:func:`held_out_loss`."""
+        """``held_out_loss``."""
         return held_out_loss(model, dataset, **settings)
 
 

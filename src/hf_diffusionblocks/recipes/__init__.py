@@ -14,8 +14,18 @@ from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
-from .families import FAMILIES, Family, check_text_recipe, language_model_base, language_model_config
-from .sections import ImageData, ImageEvaluation, ImageSampling, TextData, TextEvaluation, TextSampling
+from .families import FAMILIES, Family, check_text_recipe, language_model_config
+from .sections import (
+    ClassEvaluation,
+    ClassPrediction,
+    ImageData,
+    ImageEvaluation,
+    ImageSampling,
+    MaskedSampling,
+    TextData,
+    TextEvaluation,
+    TextSampling,
+)
 
 METHODS = ("blocked", "end_to_end", "shallow")
 MATCHES = ("updates", "compute")
@@ -27,7 +37,7 @@ class Recipe:
 
     Attributes:
         name: of the recipe.
-        family: a name in :data:`~hf_diffusionblocks.recipes.families.FAMILIES`, such as ``dit`` or ``causal_lm``.
+        family: a name in ``FAMILIES``, such as ``dit`` or ``causal_lm``.
         method: ``blocked``; or a baseline: ``end_to_end`` (all L layers at once) or ``shallow`` (L / B layers).
         match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or as many as cost the same.
         layers: number of layers of a shallow baseline; by default L / B, rounded up.
@@ -46,8 +56,8 @@ class Recipe:
     blocks: dict[str, Any] = field(default_factory=dict)
     data: ImageData | TextData = field(default_factory=ImageData)
     training: dict[str, Any] = field(default_factory=dict)
-    sampling: ImageSampling | TextSampling = field(default_factory=ImageSampling)
-    evaluation: ImageEvaluation | TextEvaluation = field(default_factory=ImageEvaluation)
+    sampling: ImageSampling | TextSampling | MaskedSampling | ClassPrediction = field(default_factory=ImageSampling)
+    evaluation: ImageEvaluation | TextEvaluation | ClassEvaluation = field(default_factory=ImageEvaluation)
 
     @property
     def kind(self) -> Family:
@@ -79,7 +89,7 @@ class Recipe:
     def build_model(
         self, blocks: Sequence[int] | None = None, tokenizer: PreTrainedTokenizerBase | None = None
     ) -> BlockedPreTrainedModel:
-        """A new model, or the converted ``model.base``; see :meth:`config`.
+        """A new model, or the converted ``model.base``; see ``config``.
 
         Args:
             blocks: hold these blocks only; a base is loaded whole and the others are dropped.
@@ -94,10 +104,7 @@ class Recipe:
                 for block in set(model.resident_blocks) - set(blocks):
                     del model.blocks[str(block)]
             return model
-        if self.kind.has_text:
-            config = kind.config_from(language_model_base(self.model, tokenizer=tokenizer), **self.blocks)
-            return kind(config, blocks=blocks)
-        return kind(self.config(), blocks=blocks)
+        return kind(self.config(tokenizer=tokenizer), blocks=blocks)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as in a YAML file."""
@@ -176,7 +183,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe:
-    """A checked recipe from plain values; see :func:`load_recipe`."""
+    """A checked recipe from plain values; see ``load_recipe``."""
     if not isinstance(values, dict):
         raise ValueError(f"a recipe holds sections such as data and training, not {values!r:.60}.")
     values = copy.deepcopy(values)

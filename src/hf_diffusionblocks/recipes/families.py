@@ -8,16 +8,23 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
-from ..families import causal_lm_config, dit
+from ..families import causal_lm_config, dit, image_classification_config, masked_lm_config, recurrent_config
+from ..families.categorical_config import PLAIN
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
+from ..families.image_classification import BlockedForImageClassification
+from ..families.masked_lm import BlockedForMaskedLM
+from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from .sections import (
     TRAINED_TOKENIZERS,
+    ClassEvaluation,
+    ClassPrediction,
     ImageData,
     ImageEvaluation,
     ImageSampling,
+    MaskedSampling,
     TextData,
     TextEvaluation,
     TextSampling,
@@ -52,6 +59,18 @@ def transformers_keys(model: Mapping[str, Any]) -> list[str]:
     return ["base", "model_type", *known, *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"]
 
 
+def classifier_keys(model: Mapping[str, Any]) -> list[str]:
+    """Keys that the section ``model`` of an image classifier may have.
+
+    Raises:
+        ValueError: for a ``model_type`` that cannot be cut.
+    """
+    kinds = image_classification_config.PREFIX
+    if "base" not in model and model.get("model_type", "vit") not in kinds:
+        raise ValueError(unknown_name("model.model_type", model["model_type"], kinds))
+    return [*transformers_keys(model), "num_labels"]
+
+
 @dataclass(frozen=True)
 class Family:
     """A family of models, as recipes and commands see it.
@@ -62,13 +81,15 @@ class Family:
         block_fields: keys of the section ``blocks``.
         layers_key: the base's number of layers, a key of the section ``model``.
         model_keys: gives the keys that the section ``model`` may have.
-        job: the module of :mod:`hf_diffusionblocks.jobs` with what its commands do.
+        job: the module of ``hf_diffusionblocks.jobs`` with what its commands do.
         has_text: whether its data are text, and its vocabulary that of a tokenizer.
         bases: how the class names of its bases end, as their ``config.json`` names them.
         plain: settings of the section ``blocks`` under which one block is the ordinary network; None for those of the
             blocked run.
+        kept: settings of the section ``blocks`` that the ordinary network has too, where ``plain`` is given.
         counts_compute: whether an update of all blocks may cost more than an end-to-end one, so that baselines of
             equal compute need it counted.
+        hides_tokens: whether its tokenizer needs a mask token.
         example: the name of one of its recipes.
     """
 
@@ -83,7 +104,9 @@ class Family:
     has_text: bool = False
     bases: tuple[str, ...] = ()
     plain: dict[str, Any] | None = None
+    kept: frozenset[str] = frozenset()
     counts_compute: bool = False
+    hides_tokens: bool = False
     example: str = ""
 
     @property
@@ -98,6 +121,7 @@ class Family:
 
 
 _OF_A_RUN = {"pretrained", "trained_blocks"}
+_OF_SEVERAL_BLOCKS = {"context", "auxiliary_layers", "initialization", "layers_per_block", "edges", "partition"}
 
 FAMILIES = {
     "dit": Family(
@@ -122,9 +146,55 @@ FAMILIES = {
         "text",
         has_text=True,
         bases=("ForCausalLM", "LMHeadModel"),
-        plain={"readout": "clean", "context": "independent", "auxiliary_layers": 0},
+        plain=PLAIN,
         counts_compute=True,
         example="pydoc-llama",
+    ),
+    "image_classification": Family(
+        ImageData,
+        ClassPrediction,
+        ClassEvaluation,
+        BlockedForImageClassification,
+        image_classification_config.config_fields() - _OF_A_RUN - {"id2label", "label2id"} | {"num_blocks", "preset"},
+        "num_hidden_layers",
+        classifier_keys,
+        "classification",
+        bases=("ForImageClassification", "ForImageClassificationWithTeacher"),
+        plain=PLAIN,
+        counts_compute=True,
+        example="digits-vit",
+    ),
+    "masked_lm": Family(
+        TextData,
+        MaskedSampling,
+        TextEvaluation,
+        BlockedForMaskedLM,
+        masked_lm_config.config_fields() - _OF_A_RUN | {"num_blocks"},
+        "num_hidden_layers",
+        transformers_keys,
+        "masked_text",
+        has_text=True,
+        bases=("ForMaskedLM",),
+        plain={},
+        kept=frozenset({"mask_token_id", "schedule", "time_conditioning", "noise_embedding_dim"}),
+        counts_compute=True,
+        hides_tokens=True,
+        example="pydoc-md4",
+    ),
+    "recurrent": Family(
+        TextData,
+        TextSampling,
+        TextEvaluation,
+        BlockedRecurrentForCausalLM,
+        recurrent_config.config_fields() - _OF_A_RUN - _OF_SEVERAL_BLOCKS | {"preset"},
+        "num_hidden_layers",
+        transformers_keys,
+        "text",
+        has_text=True,
+        plain={"readout": "clean"},
+        kept=frozenset(recurrent_config.BlockedRecurrentConfig.__annotations__) - {"readout", "context", "noise_per"},
+        counts_compute=True,
+        example="pydoc-recurrent",
     ),
 }
 
@@ -168,15 +238,26 @@ def language_model_config(
     vocab_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> DiffusionBlocksConfig:
-    """The config of a recipe for text of a family's class; of a ``base``, from its ``config.json`` alone."""
+    """The config of a recipe for text of a family's class; of a ``base``, from its ``config.json`` alone.
+
+    Where tokens are hidden and there is no tokenizer yet, the last token stands for its mask token.
+    """
+    hides = "mask_token_id" in kind.config_class.__annotations__ and "mask_token_id" not in blocks
+    if hides and tokenizer is not None:
+        blocks = {**blocks, "mask_token_id": tokenizer.mask_token_id}
     if "base" in model:
         try:
             base = AutoConfig.from_pretrained(model["base"])
         except (OSError, ValueError) as error:
             raise ValueError(f"model.base={model['base']!r} cannot be loaded: {error}") from error
+        if hides and tokenizer is None:
+            blocks = {**blocks, "mask_token_id": base.vocab_size - 1}
         config = kind.config_from(base, **blocks, pretrained=True)
     else:
-        config = kind.config_from(language_model_base(model, vocab_size, tokenizer), **blocks)
+        base = language_model_base(model, vocab_size, tokenizer)
+        if hides and tokenizer is None:
+            blocks = {**blocks, "mask_token_id": base["vocab_size"] - 1}
+        config = kind.config_from(base, **blocks)
     if tokenizer is not None:
         check_tokenizer(tokenizer, config.vocab_size)
     return config

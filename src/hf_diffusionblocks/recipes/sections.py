@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config_checks import settle
 from ..generation import BRIDGES
+from ..masked_generation import UnmaskingConfig
 from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
 
@@ -16,7 +17,7 @@ TRAINED_TOKENIZERS = ("character", "byte", "bpe")
 
 @dataclass
 class ImageData:
-    """Where images come from; see :func:`hf_diffusionblocks.data.load_image_dataset`."""
+    """Where images come from; see ``hf_diffusionblocks.data.load_image_dataset``."""
 
     name: str = "digits"
     train_split: str = "train"
@@ -40,7 +41,7 @@ class ImageData:
 
 @dataclass
 class TextData:
-    """Where text comes from and how it becomes rows; see :func:`hf_diffusionblocks.data.load_text_dataset`.
+    """Where text comes from and how it becomes rows; see ``hf_diffusionblocks.data.load_text_dataset``.
 
     Attributes:
         name: of the source: ``pydoc``, a file, directory, pattern or list of files, or a data set's id. A recipe
@@ -115,7 +116,7 @@ class TextSampling:
         temperature, top_k, top_p: as in transformers; act on f.
         mode: ``decode``, from f as any language model; or ``denoise``, along the noise grid.
         steps: noise levels per token (``denoise``); one per block by default.
-        grid, bridge: see :class:`~hf_diffusionblocks.generation.DenoisingConfig`.
+        grid, bridge: see ``DenoisingConfig``.
     """
 
     prompts: list[str] = field(default_factory=lambda: ["The "])
@@ -158,6 +159,36 @@ class TextSampling:
 
 
 @dataclass
+class MaskedSampling:
+    """How a masked language model writes text and fills gaps.
+
+    Attributes:
+        prompts: texts to complete; ``<mask:12>`` in one is a gap of 12 tokens. May be empty: a text from nothing.
+        max_new_tokens: tokens to add after each prompt, revealed in the same walk; 0 fills gaps only.
+        steps, order, temperature, top_p: see ``UnmaskingConfig``.
+    """
+
+    prompts: list[str] = field(default_factory=lambda: ["The "])
+    max_new_tokens: int = 120
+    steps: int = 64
+    order: str = "random"
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.prompts, str):
+            self.prompts = [self.prompts]
+        settle(self, "sampling.")
+        if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
+            raise ValueError(f"sampling.prompts={self.prompts!r} must list texts; '' writes one from nothing.")
+        _check_whole("sampling", self, max_new_tokens=0)
+        try:
+            UnmaskingConfig(self.steps, self.order, self.temperature, self.top_p)
+        except ValueError as error:
+            raise ValueError(f"sampling.{error}") from error
+
+
+@dataclass
 class ImageEvaluation:
     """How a trained model of images is scored."""
 
@@ -182,6 +213,52 @@ class ImageEvaluation:
                 unknown_name("evaluation.feature_network", self.feature_network, FEATURE_NETWORKS)
                 + " Other networks can be used from Python (hf_diffusionblocks.metrics.ModuleFeatures)."
             )
+
+
+@dataclass
+class ClassPrediction:
+    """How a classifier predicts.
+
+    Attributes:
+        num_inference_steps: noise levels that a label is denoised on; by default the model's own, which for
+            ``readout="clean"`` are none: it reads the classes without noise.
+        num_draws: noise draws whose probabilities are averaged.
+    """
+
+    num_inference_steps: int | None = None
+    num_draws: int | None = None
+
+    def __post_init__(self) -> None:
+        settle(self, "sampling.")
+        for name in ("num_inference_steps", "num_draws"):
+            if getattr(self, name) is not None:
+                _check_whole("sampling", self, **{name: 1})
+
+
+@dataclass
+class ClassEvaluation:
+    """How a trained classifier is scored.
+
+    Attributes:
+        held_out_samples: images to score; None for all.
+        batch_size: images per forward pass.
+        num_bins: of the calibration error.
+        steps: numbers of noise levels to give the accuracy for, where labels are denoised.
+    """
+
+    held_out_samples: int | None = None
+    batch_size: int = 250
+    num_bins: int = 15
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+
+    def __post_init__(self) -> None:
+        settle(self, "evaluation.")
+        _check_whole("evaluation", self, batch_size=1, num_bins=1)
+        if self.held_out_samples is not None:
+            _check_whole("evaluation", self, held_out_samples=1)
+        for steps in self.steps:
+            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+                raise ValueError(f"evaluation.steps={self.steps} must list whole numbers of at least 1.")
 
 
 def _check_whole(section: str, settings: Any, **lowest: int) -> None:

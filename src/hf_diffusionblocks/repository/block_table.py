@@ -10,7 +10,13 @@ from ..serialization import block_file
 CARD_NAME = "README.md"
 LIBRARY_NAME = "hf-diffusionblocks"
 _TAGS = ["diffusion-blocks", "block-wise-training", "arxiv:2506.14202"]
-_TASKS = {"blocked_dit": "unconditional-image-generation", "blocked_causal_lm": "text-generation"}
+_TASKS = {
+    "blocked_dit": "unconditional-image-generation",
+    "blocked_causal_lm": "text-generation",
+    "blocked_image_classification": "image-classification",
+    "blocked_masked_lm": "fill-mask",
+    "blocked_recurrent": "text-generation",
+}
 _BEGIN, _END = "<!-- blocks in this repository -->", "<!-- end of blocks -->"
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 

@@ -11,7 +11,7 @@ from .pushing import Push, push_directory
 
 
 class PushedBlocks:
-    """Adds :meth:`push_to_hub` to a model with ``save_pretrained``, ``block`` and ``_own_state_dict``."""
+    """Adds ``push_to_hub`` to a model with ``save_pretrained``, ``block`` and ``_own_state_dict``."""
 
     def push_to_hub(
         self,

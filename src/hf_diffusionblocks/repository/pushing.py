@@ -18,7 +18,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 from .. import serialization
 from ..agreement import SAME_MODEL, first_difference
-from ..retrying import Retries, in_one_line
+from ..retrying import Retries, in_one_line, why_unreachable
 from ..serialization import INDEX_NAME, SHARED_NAME, block_file
 from .block_table import CARD_NAME, LIBRARY_NAME, complete_card
 
@@ -32,7 +32,7 @@ class SentFile:
     Attributes:
         name: in the repository.
         size: in bytes; 0 if it is removed.
-        action: ``add``, ``change`` or ``remove``.
+        action: ``add``, ``change`` or ``remove``; ``send`` if it is not known what is there.
     """
 
     name: str
@@ -51,6 +51,8 @@ class Push:
         files: what the commit touches; empty if the repository holds everything already.
         commit: the new commit; None if there is none.
         url: of the commit or of the pull request.
+        unreached: why the Hub could not be asked, in a dry run; ``files`` are then those for an empty repository, the
+            most that a push can send.
     """
 
     repo_id: str
@@ -59,13 +61,33 @@ class Push:
     files: tuple[SentFile, ...]
     commit: str | None = None
     url: str | None = None
+    unreached: str | None = None
 
     def __str__(self) -> str:
         where = self.repo_id + (f" ({self.revision})" if self.revision else "")
+        if self.unreached is not None:
+            size = sum(f.size for f in self.files)
+            head = f"would be sent to {where}, at most ({len(self.files)} files, {size:,} bytes):"
+            end = _NOT_KNOWN.format(where=where, reason=self.unreached)
+            return "\n".join([head, *map(_line, self.files), end])
         if not self.files:
             return f"{where} holds these blocks already: nothing to send"
         head = f"sent to {where}: {self.url}" if self.url else f"would be sent to {where}:"
-        return "\n".join([head, *(f"  {f.action:<7}{f.size:>16,} bytes  {f.name}" for f in self.files)])
+        return "\n".join([head, *map(_line, self.files)])
+
+
+def _line(file: SentFile) -> str:
+    return f"  {file.action:<7}{file.size:>16,} bytes  {file.name}"
+
+
+# What a dry run says if the Hub cannot be asked.
+_NOT_KNOWN = """\
+The Hub was not asked ({reason}), so these are not known:
+  whether {where} exists, and whether the token may write there
+  which files it holds already: those that are the same are not sent again
+  the sizes of config.json, the index and README.md, if they are made on top of those there
+  whether it holds another model, or other shared parts, which a push refuses
+  which block files of a former model a push of all blocks removes"""
 
 
 @dataclass(frozen=True)
@@ -250,7 +272,8 @@ def push_directory(
         commit_message: one is made up by default.
         commit_description: of the commit.
         create_pr: open a pull request instead.
-        dry_run: send nothing, make nothing.
+        dry_run: send nothing, make nothing. Without a connection, or with ``HF_HUB_OFFLINE``, it tells the most that
+            would be sent, and what only the Hub knows.
 
     Returns:
         What was sent, or would be.
@@ -260,21 +283,22 @@ def push_directory(
         OSError: if the Hub cannot be reached or refuses; what was sent so far is used when the push is repeated.
     """
     local = read_local(Path(directory), blocks)
+    if dry_run:
+        return _dry_run(local, repo_id, revision, token)
     if commit_message is None:
         numbers = ", ".join(map(str, local.blocks))
         commit_message = f"Model of {len(local.blocks)} blocks" if local.whole else f"Blocks {numbers}"
     api = HfApi(token=token, library_name=LIBRARY_NAME)
     retries = Retries()
     with in_one_line(f"push to {repo_id}", token):
-        if not dry_run:
-            repo_id = retries.call(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/"):
-                retries.call(api.create_branch, repo_id, branch=revision, exist_ok=True)
+        repo_id = retries.call(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not revision.startswith("refs/"):
+            retries.call(api.create_branch, repo_id, branch=revision, exist_ok=True)
         while True:
             remote = retries.call(read_remote, api, repo_id, revision)
             files = compose(local, remote, repo_id)
-            push = Push(repo_id, revision, remote.commit, tuple(_sent(n, c, remote) for n, c in sorted(files.items())))
-            if dry_run or not files:
+            push = Push(repo_id, revision, remote.commit, _all_sent(files, remote))
+            if not files:
                 return push
             try:
                 info = api.create_commit(
@@ -290,6 +314,21 @@ def push_directory(
                 retries.pause(error)  # raises it again if trying again is of no use
             else:
                 return replace(push, commit=info.oid, url=info.pr_url or info.commit_url)
+
+
+def _dry_run(local: LocalModel, repo_id: str, revision: str | None, token: str | bool | None) -> Push:
+    """What a push would send; if the Hub cannot be asked, what it would send to an empty repository."""
+    api = HfApi(token=token, library_name=LIBRARY_NAME)
+    try:
+        with in_one_line(f"push to {repo_id}", token):
+            remote = Retries(failures=1).call(read_remote, api, repo_id, revision)
+    except OSError as error:
+        reason = why_unreachable(error)
+        if reason is None:
+            raise
+        files = _all_sent(compose(local, RemoteModel(), repo_id), RemoteModel())
+        return Push(repo_id, revision, None, tuple(replace(f, action="send") for f in files), unreached=reason)
+    return Push(repo_id, revision, remote.commit, _all_sent(compose(local, remote, repo_id), remote))
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------
@@ -323,6 +362,10 @@ def _json(value: dict[str, Any]) -> str:
 
 def _operation(name: str, content: bytes | Path | None) -> CommitOperationAdd | CommitOperationDelete:
     return CommitOperationDelete(name) if content is None else CommitOperationAdd(name, content)
+
+
+def _all_sent(files: dict[str, bytes | Path | None], remote: RemoteModel) -> tuple[SentFile, ...]:
+    return tuple(_sent(name, content, remote) for name, content in sorted(files.items()))
 
 
 def _sent(name: str, content: bytes | Path | None, remote: RemoteModel) -> SentFile:

@@ -1,4 +1,4 @@
-"""Blocks that rest in host memory or on disk while another one computes: :class:`Streamer` and a model's part of it."""
+"""Blocks that rest in host memory or on disk while another one computes: ``Streamer`` and a model's part of it."""
 
 import contextlib
 import contextvars
@@ -19,7 +19,7 @@ HOMES = ("host", "disk")
 
 @dataclass(frozen=True)
 class StreamingRequest:
-    """How models made inside :func:`stream_blocks` stream their blocks; fields as there."""
+    """How models made inside ``stream_blocks`` stream their blocks; fields as there."""
 
     home: str = "host"
     device: torch.device | str | None = None
@@ -72,15 +72,15 @@ def stream_blocks(
 
 
 def requested_streaming() -> StreamingRequest | None:
-    """What :func:`stream_blocks` asks of models made now."""
+    """What ``stream_blocks`` asks of models made now."""
     return _requested.get()
 
 
 class StreamedBlocks:
-    """The part of a blocked model that streams its blocks. The model has ``blocks``, and asks :meth:`block` for one.
+    """The part of a blocked model that streams its blocks. The model has ``blocks``, and asks ``block`` for one.
 
     Attributes:
-        streamer: the :class:`Streamer`; None while all blocks are on the device.
+        streamer: the ``Streamer``; None while all blocks are on the device.
     """
 
     streamer: Streamer | None = None

@@ -87,7 +87,7 @@ class HostHome:
         return flat
 
     def store(self, flat: Tensor | None, tensors: list[Tensor]) -> None:
-        """Take values back: ``flat`` is what :meth:`fetch` gave, if it did, ``tensors`` what there is now."""
+        """Take values back: ``flat`` is what ``fetch`` gave, if it did, ``tensors`` what there is now."""
         if flat is not None and self.layout.holds(flat, tensors):
             _copy(self.flat, flat)
             return
@@ -136,7 +136,7 @@ class FileHome:
         return flat.copy_(mapped)
 
     def store(self, flat: Tensor | None, tensors: list[Tensor]) -> None:
-        """Take values back, as :meth:`HostHome.store`. Each of ``tensors`` is let go when it is written."""
+        """Take values back, as ``HostHome.store``. Each of ``tensors`` is let go when it is written."""
         if getattr(flat, "is_file", None) == "shared" and self.layout.holds(flat, tensors):
             return
         for shape, strides, dtype, offset in self.layout.specs:

@@ -27,7 +27,7 @@ LR_SCHEDULES = tuple(s.value for s in SchedulerType if s.value not in ("reduce_l
 
 @dataclass
 class DiffusionBlocksTrainingArguments:
-    """Settings of :class:`DiffusionBlocksTrainer`.
+    """Settings of ``DiffusionBlocksTrainer``.
 
     Budgets, warm-up and schedules count *per block*: each block gets as many updates as the end-to-end model would
     (B blocks x K updates x L / B layers is the compute of K end-to-end updates).

@@ -89,6 +89,11 @@ def check_job(
         if args.lower_outputs == "disk":
             raise ValueError("lower_outputs='disk' is for a cascade: independent blocks have no blocks below them.")
         return
+    if args.lower_outputs == "disk" and args.horizontal_flip:
+        raise ValueError(
+            "lower_outputs='disk' with horizontal_flip=True: what is kept is that of the images as they are. Use "
+            "lower_outputs='recompute', or no flips."
+        )
     if args.lower_outputs == "disk" and not sequential:
         raise ValueError("lower_outputs='disk' needs order='sequential': side by side, the lower blocks still change.")
     if config.pretrained:
@@ -129,7 +134,7 @@ class WithLowerOutputs(Dataset):
 def lower_outputs(
     model: BlockedPreTrainedModel, block: int, dataset: Any, folder: Path, quiet: bool = False
 ) -> WithLowerOutputs:
-    """The data set with what the blocks below give, computed once (bfloat16, 2 x rows x tokens x width bytes).
+    """The data set with what the blocks below give, computed once (bfloat16, 2 x rows x positions x width bytes).
 
     The file is written beside its final name and renamed; it is used again as long as the weights below and the data
     are the same. Files of lower blocks are removed.
@@ -138,8 +143,8 @@ def lower_outputs(
         OSError: if the disk is full.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tokens = fetch(dataset, [0])["input_ids"].shape[1]
-    shape = (len(dataset), tokens, model.config.hidden_size)
+    positions = model.num_positions(fetch(dataset, [0])[model.main_input_name])
+    shape = (len(dataset), positions, model.config.hidden_size)
     path, note = folder / f"block-{block:02d}.bin", folder / f"block-{block:02d}.json"
     identity = {"shape": list(shape), "weights": _digest(model, block), "data": data_fingerprint(dataset)}
     size = 2 * int(np.prod(shape))
@@ -162,8 +167,7 @@ def lower_outputs(
     for start in tqdm(starts, desc=f"outputs below block {block}", unit="batch", disable=quiet):
         indices = list(range(start, min(start + _ROWS, len(dataset))))
         batch = {k: v.to(device) for k, v in fetch(dataset, indices).items()}
-        places = {k: batch[k] for k in ("position_ids", "attention_mask") if k in batch}
-        hidden = model.context_of(block, batch["input_ids"], **places)
+        hidden = model.context_of(block, batch[model.main_input_name], **model.places(batch))
         rows[indices] = hidden.to(torch.bfloat16).view(torch.int16).cpu().numpy().view(np.uint16)
     rows.flush()
     del rows

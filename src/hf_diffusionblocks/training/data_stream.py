@@ -87,7 +87,7 @@ def fetch(dataset: Any, indices: list[int]) -> dict[str, Tensor]:
     """One batch of a data set.
 
     ``dataset[list]`` must give a dict of tensors, as ``datasets.Dataset`` (format ``torch``) and
-    :class:`~hf_diffusionblocks.data.ImageDataset` do; a data set that knows single indices only is collated.
+    ``ImageDataset`` do; a data set that knows single indices only is collated.
 
     Raises:
         ValueError: for rows of several lengths.

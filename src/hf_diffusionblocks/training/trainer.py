@@ -52,7 +52,7 @@ class DiffusionBlocksTrainer:
             in [-1, 1] and ``class_labels`` [n].
         eval_dataset: held-out data of the same form.
         objective: ``objective(model, block, batch, generator)``; the family's own by default
-            (:func:`~hf_diffusionblocks.objectives.default_objective`).
+            (``default_objective``).
         teacher: frozen base for ``args.distillation_weight``.
         callbacks: transformers ``TrainerCallback``; they get ``model``, ``trainer`` and the log as keyword arguments.
 
