@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
+from hf_diffusionblocks import BlockedForCausalLM, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from hf_diffusionblocks.families.dit import BlockedDiTModel
 from hf_diffusionblocks.modeling import BlockedPreTrainedModel
 from hf_diffusionblocks.serialization import same_tensors, sha256
 from tiny import TinyImages, tiny_dit
 from tiny_prompts import BATCH, FLUX, PIXART, SD3, TinyPrompts, prompts, tiny_prompted
-from tiny_text import new_lm
+from tiny_text import TokenRows, base_lm
 
 peft = pytest.importorskip("peft", reason="adapters need peft")
 
@@ -131,27 +131,36 @@ def test_training_an_adapter_goes_on_after_loading(tmp_path):
 
 
 def test_class_labelled_dits_and_language_models_take_adapters_too(tmp_path):
-    dit, llama = tiny_dit(), new_lm()
-    models: list[tuple[BlockedPreTrainedModel, Any]] = [(dit, lora()), (llama, lora(target_modules=["q_proj"]))]
-    for i, (model, config) in enumerate(models):
+    llama = BlockedForCausalLM.from_base(base_lm(), num_blocks=3)
+    cases: list[tuple[BlockedPreTrainedModel, Any, list[str]]] = [
+        (tiny_dit(), TinyImages(), ["to_q", "to_v"]),
+        (llama, TokenRows(), ["q_proj", "o_proj"]),
+    ]
+    for i, (model, dataset, targets) in enumerate(cases):
         before = {k: v.clone() for k, v in model.state_dict().items()}
-        add_block_adapter(model, 1, config)
-        if model is dit:
-            arguments = {"max_steps": 1, "per_device_train_batch_size": 4, "blocks": [1], "learning_rate": 0.1}
-            args = DiffusionBlocksTrainingArguments(output_dir=tmp_path / "run", **arguments)
-            DiffusionBlocksTrainer(model, args, TinyImages()).train()
-        else:
-            with torch.no_grad():
-                for name, parameter in model.block_parameters(1):
-                    if "lora_B" in name:
-                        parameter.fill_(0.1)
-        save_block_adapter(model, 1, tmp_path / str(i))
-        merge_block_adapter(model, 1)
+        for block in range(3):
+            add_block_adapter(model, block, lora(target_modules=targets))
+        args = DiffusionBlocksTrainingArguments(
+            tmp_path / f"run-{i}",
+            max_steps=2,
+            per_device_train_batch_size=4,
+            learning_rate=0.1,
+            use_ema=False,
+            train_shared="none",
+        )
+        DiffusionBlocksTrainer(model, args, dataset).train()
+        for block in range(3):
+            save_block_adapter(model, block, tmp_path / str(i))
+        if model is llama:
+            logits = model(input_ids=dataset[:2]["input_ids"]).logits
+        for block in range(3):
+            merge_block_adapter(model, block)
+        if model is llama:
+            torch.testing.assert_close(model(input_ids=dataset[:2]["input_ids"]).logits, logits, rtol=1e-4, atol=1e-4)
         after = model.state_dict()
         changed = {k for k in before if not torch.equal(before[k], after[k])}
-        targets = config.target_modules
-        assert before.keys() == after.keys() and changed
-        assert all(k.startswith("blocks.1.") and any(f".{t}." in k for t in targets) for k in changed)
+        adapted = {k for k in before if any(k.endswith(f".{t}.weight") for t in targets)}
+        assert before.keys() == after.keys() and changed == adapted
 
 
 def test_adapters_that_are_refused(tmp_path):
@@ -185,6 +194,10 @@ def test_adapters_that_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not fit block 1: 'transformer_blocks.0.attn"):
         load_block_adapter(fresh, 1, tmp_path)
     assert same_tensors(fresh.state_dict(), untouched.state_dict())
+    streamed = tiny_prompted(SD3)
+    streamed.enable_block_streaming("cpu", offload_to_disk_path=tmp_path / "scratch")
+    with pytest.raises(ValueError, match=r"call disable_block_streaming\(\) first"):
+        add_block_adapter(streamed, 1, lora())
     path.unlink()
     with pytest.raises(ValueError, match="is missing: copy or download the adapter again"):
         load_block_adapter(tiny_prompted(SD3), 1, tmp_path)

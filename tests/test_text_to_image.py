@@ -137,6 +137,31 @@ def test_every_prompt_counts_for_its_own_sample(name):
             assert moved[2] > 1e-5 * sigma and not moved[[0, 1, 3]].any(), column
 
 
+@torch.no_grad()
+def test_pixart_of_many_sizes_is_told_the_images_size():
+    settings = {"num_attention_heads": 3, "cross_attention_dim": 24, "use_additional_conditions": True}
+    base = base_of(PIXART, **settings)
+    model = BlockedDiTModel.from_base(base, num_blocks=1, preconditioning="rectified_flow")
+    given, sizes = prompts(PIXART), {"resolution": torch.rand(BATCH, 2) * 64, "aspect_ratio": torch.rand(BATCH, 1)}
+    t = torch.full((BATCH,), 500.0)
+    velocity = base(noise(), timestep=t, added_cond_kwargs=sizes, **given).sample[:, :1]
+    denoised = model.denoise(2 * noise(), 1.0, **given, **sizes)
+    torch.testing.assert_close(denoised, noise() - 0.5 * velocity, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="resolution is missing"):
+        model.denoise(noise(), 1.0, **given)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_parts_that_may_be_sharded_hold_most_of_a_block_once(name):
+    model = tiny_prompted(name)
+    for block in range(3):
+        parts = [p for module in model.layer_modules(block) for p in module.parameters()]
+        assert len({id(p) for p in parts}) == len(parts)
+        lists = [getattr(model.block(block), a) for _, a in TRANSFORMER_CLASSES[name].layer_lists]
+        in_layers = sum(p.numel() for layers in lists for p in layers.parameters())
+        assert 0.9 * in_layers < sum(p.numel() for p in parts) <= in_layers
+
+
 def test_packing_is_that_of_flux():
     x = torch.randn(2, 3, 6, 4)
     rows = pack(x)
@@ -199,6 +224,15 @@ def test_a_pipeline_with_one_block_gives_the_images_of_its_base(name):
     with torch.no_grad():
         next(p for n, p in model.block_parameters(0) if n.endswith("proj_out.bias")).add_(0.5)
     assert not torch.allclose(sample(pipe, name), expected)  # the images are the blocked model's
+
+
+def test_a_pipeline_of_streamed_blocks_gives_the_same_images(tmp_path):
+    pipe = pipeline_of(base_of(FLUX), FLUX)
+    model = BlockedDiTModel.from_base(pipe, num_blocks=3)
+    pipe.transformer = model.as_transformer()
+    expected = sample(pipe, FLUX)
+    model.enable_block_streaming("cpu", offload_to_disk_path=tmp_path)
+    assert torch.equal(sample(pipe, FLUX), expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -434,6 +468,8 @@ def test_the_published_sizes_are_cut_without_memory(name, billions):
         layers, module = model.partition.layers(block), model.block(block)
         part = config.transformer_class.block_weights(config.base_config, layers, module, weights)
         assert {k: v.shape for k, v in part.items()} == {k: v.shape for k, v in module.state_dict().items()}
+    if name == SD3:  # a step of each block, forward and backward, without memory
+        assert training_flops(config).ratio == pytest.approx(1, abs=0.01)
 
 
 def test_plans_count_what_a_step_holds_and_costs():
@@ -459,6 +495,7 @@ def test_plans_count_what_a_step_holds_and_costs():
         ({"_class_name": SD3, "num_layer": 3}, {}, "unknown SD3Transformer2DModel setting 'num_layer'"),
         ({"_class_name": SD3, "caption_projection_dim": 8}, {}, "caption_projection_dim=8 must be the width"),
         ({"_class_name": FLUX, "axes_dims_rope": [2, 2]}, {}, "must be three even numbers"),
+        ({"_class_name": FLUX, "axes_dims_rope": 8}, {}, "axes_dims_rope=8 must be a list of whole numbers"),
         ({"_class_name": FLUX, "num_single_layers": -1}, {}, "num_single_layers=-1 must be a whole number of layers"),
         ({"_class_name": FLUX, "in_channels": 384, "out_channels": 64}, {}, "out_channels=16 must be in_channels=96"),
         ({"_class_name": SD3, "num_layers": 4}, {"num_blocks": 5}, "num_blocks=5 is more than the 4 layers"),

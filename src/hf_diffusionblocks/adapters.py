@@ -14,6 +14,8 @@ and moments of the adapter only::
     with trainer.averaged_weights():
         save_block_adapter(model, 1, "adapters")
 
+Of a language model, ``train_shared="none"`` in the training arguments keeps the embedding as it is too.
+
 Elsewhere ``load_block_adapter(model, 1, "adapters")`` puts it into its block, and ``merge_block_adapter`` into the
 block's weights, after which the model is saved and pushed as any other. (A model that holds an adapter beside its
 weights has other names than its config promises: merge before ``save_pretrained``.)

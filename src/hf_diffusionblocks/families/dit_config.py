@@ -3,7 +3,7 @@
 from functools import lru_cache
 from typing import Any
 
-from ..config_checks import MAX_LAYERS, MAX_POSITIONS, check_sizes
+from ..config_checks import MAX_POSITIONS, check_sizes
 from ..configuration import DiffusionBlocksConfig
 from ..suggest import unknown_name
 from .transformer_classes import TRANSFORMER_CLASSES, Column, TransformerClass, cuttable
@@ -108,8 +108,12 @@ class BlockedDiTConfig(DiffusionBlocksConfig):
         check_sizes(base, kind.sizes)
         check_sizes(base, ("out_channels", "caption_channels"), optional=True)
         for name, _ in kind.layer_lists:
-            if not isinstance(base[name], int) or not 0 <= base[name] <= MAX_LAYERS:
-                raise ValueError(f"{name}={base[name]!r:.40} must be a whole number of layers, at most {MAX_LAYERS}.")
+            if not isinstance(base[name], int) or isinstance(base[name], bool) or base[name] < 0:
+                raise ValueError(f"{name}={base[name]!r:.40} must be a whole number of layers.")
+        for name in ("dual_attention_layers", "axes_dims_rope"):
+            numbers = base.get(name, [])
+            if not isinstance(numbers, list) or any(not isinstance(n, int) for n in numbers):
+                raise ValueError(f"{name}={numbers!r:.40} must be a list of whole numbers.")
         positions = max(base.get("sample_size", 0) // base["patch_size"], base.get("pos_embed_max_size", 0)) ** 2
         if positions > MAX_POSITIONS:
             raise ValueError(
