@@ -4,7 +4,7 @@
 
 Trains a base on Fashion-MNIST end to end, saves it as a diffusers ``DiTTransformer2DModel``, converts it to B blocks,
 and trains these with distillation weights 0, 0.5 and 1; beside them blocks from scratch. Prints held-out loss against
-updates per block, and draws the curve to benchmarks/results/distill.png. Resumable: finished runs are not repeated.
+updates per block, and draws the curve to docs/figures/distill.png. Resumable: finished runs are not repeated.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from hf_diffusionblocks.plots import plot_curves
 from hf_diffusionblocks.recipes import load_recipe, make_recipe
 
 RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent.parent / "docs" / "figures"
 
 
 def train(recipe, every: int | None) -> list[tuple[int, float]]:
@@ -99,7 +100,7 @@ def main() -> None:
     reference = {"the base (end to end)": statistics.mean(bases)}
     path = plot_curves(
         mean,
-        RESULTS / "distill.png",
+        FIGURES / "distill.png",
         "updates per block",
         "held-out denoising loss",
         title=f"DiT on Fashion-MNIST converted to {args.num_blocks} blocks",

@@ -3,7 +3,7 @@
     pip install bitsandbytes galore-torch badam peft matplotlib
     python benchmarks/rivals_memory.py run        # one process per way; goes on where it stopped
     python benchmarks/rivals_memory.py table      # markdown
-    python benchmarks/rivals_memory.py chart      # results/rivals-memory.png
+    python benchmarks/rivals_memory.py chart      # docs/figures/rivals-memory.png
     python benchmarks/rivals_memory.py plan       # what plan_memory says beside what was counted
     python benchmarks/rivals_memory.py rounding   # the share of the weights that an update moves
 
@@ -23,10 +23,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _studies import RESULTS, add_row, read_rows
+from _studies import FIGURES, RESULTS, add_row, read_rows
 
 FILE = RESULTS / "rivals-memory.jsonl"
-PICTURE = RESULTS / "rivals-memory.png"
+PICTURE = FIGURES / "rivals-memory.png"
 MIB = 2**20
 
 

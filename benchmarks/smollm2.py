@@ -306,7 +306,7 @@ def main() -> None:
         if args.command == "table":
             print(table(read(), ARMS, probes, every=args.every))
         else:
-            plot(read(), ARMS, probes, RESULTS / "smollm2.png")
+            plot(read(), ARMS, probes, HERE.parent / "docs" / "figures" / "smollm2.png")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from _studies import RESULTS, add_row, file_name, mean, missing_jobs, read_rows, run_jobs, study_parser
+from _studies import FIGURES, RESULTS, add_row, file_name, mean, missing_jobs, read_rows, run_jobs, study_parser
 
 TEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "text" / "austen.txt"
 
@@ -338,7 +338,7 @@ def plot(study: str) -> Path:
     axes.set_title(f"Austen by character, width {STUDIES[study][0]}, {LAYERS} layers")
     axes.legend()
     axes.grid(alpha=0.3)
-    path = RESULTS / f"text-{study}.png"
+    path = FIGURES / f"text-{study}.png"
     figure.savefig(path, dpi=110)
     return path
 
