@@ -4,8 +4,10 @@
     python benchmarks/masked_quality.py table austen    # markdown table: mean over seeds, each block's share
 
 The text is Jane Austen's novels by character (``--text FILE`` for another one); the last 5 % are held out. The network
-is a Llama that reads both sides. Scores are likelihood bounds in bits per character, of all tokens of rows without
-context. Each job runs with one thread. FLOPs are counted on a real step (``hf_diffusionblocks.compute``).
+is a Qwen2 that reads both sides, every second layer 4 tokens to each side only: without such layers none of the arms
+leaves the frequencies of single characters within these few updates. Scores are likelihood bounds in bits per
+character, of all tokens of rows without context. Each job runs with one thread. FLOPs are counted on a real step
+(``hf_diffusionblocks.compute``).
 """
 
 import datetime
@@ -25,11 +27,10 @@ ARMS = {
     "end to end, L": (LAYERS, 1, 1, {}),
     "end to end, L/B, equal updates": (LAYERS // BLOCKS, 1, 1, {}),
     "end to end, L/B, equal compute": (LAYERS // BLOCKS, 1, BLOCKS, {}),
-    "blocks, table trained by all": (LAYERS, BLOCKS, 1, {"train_shared": "all"}),
-    "blocks, table trained by block 0": (LAYERS, BLOCKS, 1, {"train_shared": "first"}),
+    "blocks": (LAYERS, BLOCKS, 1, {"train_shared": "all"}),
 }
 # Width, updates, learning rate, seeds, held-out rows.
-STUDIES = {"austen": (64, 1000, 3e-3, (0, 1, 2), 512), "austen long": (64, 4000, 3e-3, (0, 1, 2), 512)}
+STUDIES = {"austen": (64, 800, 6e-3, (0, 1, 2), 512), "austen long": (64, 6000, 6e-3, (0, 1, 2), 512)}
 
 
 def load(text: Path):
@@ -57,11 +58,16 @@ def run_job(study: str, name: str, seed: int, text: Path) -> None:
     steps = updates * factor
     train, test, tokenizer = load(text)
     base = {
-        "model_type": "llama",
+        "model_type": "qwen2",
         "hidden_size": width,
         "intermediate_size": round(8 / 3 * width),
         "num_hidden_layers": layers,
         "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "initializer_range": 0.06,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": False,

@@ -69,3 +69,9 @@ def test_the_bare_loop_learns_from_the_rows_in_turn(script):
     assert seen == [[0, 1], [2, 3], [4, 0], [1, 2]] and len(rounds) == 3
     torch.testing.assert_close(weight.detach(), 4e-4 * target.sign(), rtol=1e-2, atol=0)  # AdamW: lr per step
     assert timing.median([{"a": 1.0}, {"a": 5.0}, {"a": 2.0}], lambda row: row["a"]) == 2.0
+
+
+def test_the_documented_table_of_recurrent_depth_is_that_of_the_kept_results(script):
+    text = (ROOT / "docs" / "experiments-recurrent.md").read_text(encoding="utf-8")
+    lines = [line for line in script("recurrent").table().splitlines() if line]
+    assert len(lines) > 5 and all(line in text for line in lines), [line for line in lines if line not in text]

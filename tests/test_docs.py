@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_diffusionblocks.cli import _parse
+from hf_diffusionblocks.cli import parse
 from hf_diffusionblocks.recipes import load_recipe, recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -72,7 +72,7 @@ def test_python_runs(page, tmp_path):
 
 @pytest.mark.parametrize("command", sorted({c for p in WRITTEN for c in commands(p)}))
 def test_commands_parse(command):
-    args = _parse(shlex.split(command)[1:])
+    args = parse(shlex.split(command)[1:])
     if getattr(args, "recipe", None):
         assert args.recipe in recipe_names()
         load_recipe(args.recipe, args.overrides)

@@ -30,6 +30,7 @@ def text_file(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def command(text_file) -> list[str]:
     settings = [*TEXT_RECIPE, "training.train_shared=none", "sampling.steps=4", "evaluation.num_draws=2"]
+    settings += ["model.num_key_value_heads=2", "model.layer_types=[sliding_attention, full_attention, full_attention]"]
     return ["train", "pydoc-md4", *settings, f"data.name={text_file}"]
 
 
@@ -51,7 +52,7 @@ def base_dir(tmp_path_factory) -> Path:
 
 
 def test_train_ends_with_pictures_figures_samples_and_a_card(run_dir):
-    for name in ("losses", "bound", "memory", "samples"):
+    for name in ("losses", "bound", "partition", "memory", "samples"):
         assert (run_dir / "figures" / f"{name}.png").stat().st_size > 1000
     figures = json.loads((run_dir / "figures" / "figures.json").read_text())
     shares = figures["bound_bits_per_character_per_block"]

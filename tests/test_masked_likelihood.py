@@ -46,11 +46,11 @@ def shares(ids: Tensor, losses, num_draws: int) -> Tensor:
 
 def test_of_the_true_posterior_the_bound_is_the_likelihood_of_each_row():
     chosen = PROBABILITY.topk(10).indices
-    nats = shares(ROWS[chosen], partial(posterior_losses, ROWS[chosen]), 1500).sum(-1)
+    nats = shares(ROWS[chosen], partial(posterior_losses, ROWS[chosen]), 700).sum(-1)
     exact = -PROBABILITY[chosen].log()
-    error = nats.std(-1) / 1500**0.5
+    error = nats.std(-1) / 700**0.5
     assert bool(((nats.mean(-1) - exact).abs() < 4 * error).all())
-    assert float(error.max()) < 0.04
+    assert float(error.max()) < 0.06
 
 
 def test_averaged_over_the_source_the_bound_is_its_entropy():
@@ -81,14 +81,14 @@ def test_a_wrong_denoiser_costs_more():
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_the_loss_of_a_block_is_its_share_of_the_bound_over_the_width_of_its_range(schedule):
     model, rows = blocked_mlm(schedule=schedule, overlap=0.0), TokenRows(num_rows=16)
-    bound = masked_likelihood_bound(model, rows, num_draws=24)
+    bound = masked_likelihood_bound(model, rows, num_draws=12)
     batch = rows[list(range(16))]
     for block in range(3):
         for objective in (MaskedDiffusion(), MaskedDiffusion(at_least_one=False)):
             generator = torch.Generator().manual_seed(block)
             with torch.no_grad():
-                losses = torch.stack([objective(model, block, batch, generator).loss for _ in range(60)])
-            error = float(losses.std()) / 60**0.5 + 3 * bound.monte_carlo_error_per_block[block]
+                losses = torch.stack([objective(model, block, batch, generator).loss for _ in range(30)])
+            error = float(losses.std()) / 30**0.5 + 3 * bound.monte_carlo_error_per_block[block]
             assert abs(float(losses.mean()) - 3 * bound.nats_per_block[block]) < 4 * error
 
 

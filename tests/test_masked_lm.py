@@ -161,10 +161,10 @@ def test_training_lowers_the_loss_of_every_block(tmp_path):
         model = BlockedForMaskedLM.from_base(base_config(), 3, mask_token_id=MASK)
     held_out = TokenRows(num_rows=64, seed=1)
     before = MaskedDiffusion().held_out(model, held_out, num_draws=4)
-    trained(tmp_path, model, max_steps=80, per_device_train_batch_size=16, train_shared="all")
+    trained(tmp_path, model, max_steps=50, per_device_train_batch_size=16, train_shared="all")
     after = MaskedDiffusion().held_out(model, held_out, num_draws=4)
     gained = [a - b for a, b in zip(before.per_range, after.per_range, strict=True)]
-    assert min(gained) > 0.02, gained  # block 0 sees next to nothing of the rows
+    assert min(gained) > 0.01, gained  # block 0 sees next to nothing of the rows
     assert before.total == pytest.approx(sum(before.per_range) / 3)
 
 

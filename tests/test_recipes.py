@@ -22,7 +22,7 @@ def test_every_recipe_loads(name):
 
 
 def test_the_recipes_that_come_with_the_package():
-    images = {"digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"}
+    images = {"folder-dit", "digits-dit", "fashion-mnist-dit", "cifar10-dit-s2", "imagenet256-dit-l2"}
     text = {"pydoc-llama", "austen-llama", "lm1b-llama", "openwebtext-llama", "smollm2-finetune"}
     classes = {"digits-vit", "fashion-mnist-vit", "cifar100-vit", "tiny-imagenet-vit"}
     masked, recurrent = {"pydoc-md4", "text8-md4"}, {"pydoc-recurrent", "lm1b-huginn"}

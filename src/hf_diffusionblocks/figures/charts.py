@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..masking import MaskNoise
 from ..partition import BlockPartition
 from .style import BLOCK_COLORS, axes_figure, block_color, line_style, name_block, text_color
 
@@ -30,12 +31,16 @@ MEMORY_KINDS = {  # from dark to light, so that the order shows without colour a
 def partition_figure(partition: BlockPartition) -> "Figure":
     """Figure of ``plot_partition``."""
     noise, rows = partition.noise, partition.describe()
+    linear = isinstance(noise, MaskNoise)
+    name, log_name = ("mask rate m", "m") if linear else ("noise level σ", "ln σ")
     strip = 0.3 * len(rows) + 0.6
     figure, (top, bottom) = axes_figure(
         9.0, 2.6 + strip, nrows=2, sharex=True, gridspec_kw={"height_ratios": [2.6, strip]}
     )
 
     def density(sigma: Tensor) -> Tensor:
+        if linear:
+            return torch.ones_like(sigma)
         # of ln sigma, truncated: the normal density over the mass that lies in the range
         z = torch.stack([sigma, torch.full_like(sigma, noise.sigma_min), torch.full_like(sigma, noise.sigma_max)]).log()
         z = (z - noise.p_mean) / noise.p_std
@@ -43,6 +48,9 @@ def partition_figure(partition: BlockPartition) -> "Figure":
         return (-(z[0] ** 2) / 2).exp() / (noise.p_std * math.sqrt(2 * math.pi) * mass)
 
     def between(low: float, high: float) -> tuple[Any, Any]:
+        if linear:
+            sigma = torch.linspace(low, high, 200, dtype=torch.float64)
+            return sigma.numpy(), density(sigma).numpy()
         sigma = torch.linspace(math.log(low), math.log(high), 200, dtype=torch.float64).exp().clamp(low, high)
         return sigma.numpy(), density(sigma).numpy()
 
@@ -57,15 +65,18 @@ def partition_figure(partition: BlockPartition) -> "Figure":
         top.text(float(middle), y, str(block), ha="center", va="center", color=ink, weight="bold")
         bottom.barh(block, wide[1] - wide[0], left=wide[0], color=color, alpha=0.35, height=0.62, lw=0)
         bottom.barh(block, high - low, left=low, color=color, height=0.62, lw=0)
-        text = f"σ {low:.3g}–{high:.3g}, {100 * row['mass']:.3g} % of the mass"
+        text = f"{name[-1]} {low:.3g}–{high:.3g}, {100 * row['mass']:.3g} % of the mass"
         bottom.text(1.01, block, text, transform=bottom.get_yaxis_transform(), va="center")
     top.plot(*whole, color="#333333", lw=1.2)
-    top.set(ylabel="density of ln σ", ylim=(0, None), title="training noise levels of each block")
-    bottom.set(xscale="log", xlim=(noise.sigma_min, noise.sigma_max), ylim=(len(rows) - 0.4, -0.6))
+    top.set(ylabel=f"density of {log_name}", ylim=(0, None), title=f"training {name[:-2]}s of each block")
+    bottom.set(
+        xscale="linear" if linear else "log", xlim=(noise.sigma_min, noise.sigma_max), ylim=(len(rows) - 0.4, -0.6)
+    )
     bottom.set_yticks(range(len(rows)), [name_block(partition, row["block"]) for row in rows])
     bottom.grid(axis="y", visible=False)
-    bottom.set_xlabel(f"noise level σ (pale: training reaches over the edges, overlap γ = {partition.overlap:g})")
-    _plain_log_labels(bottom.xaxis, (noise.sigma_min, noise.sigma_max))
+    bottom.set_xlabel(f"{name} (pale: training reaches over the edges, overlap γ = {partition.overlap:g})")
+    if not linear:
+        _plain_log_labels(bottom.xaxis, (noise.sigma_min, noise.sigma_max))
     return figure
 
 

@@ -66,6 +66,15 @@ def train(
     return _of(recipe.family).train(recipe, **settings)
 
 
+def next_command(recipe: Recipe, model_dir: Path) -> str:
+    """What to try with a model that a recipe has just trained."""
+    if recipe.kind.job == "classification":
+        return f"diffusionblocks evaluate {model_dir}"
+    if recipe.kind.has_text:
+        return f'diffusionblocks sample {model_dir} --prompt "{recipe.sampling.prompts[0]}"'
+    return f"diffusionblocks sample {model_dir} --per-class 4"
+
+
 def evaluate(
     model_dir: str, recipe: Recipe, output: str | None = None, seed: int = 0, say: Say = print
 ) -> dict[str, Any]:
@@ -107,6 +116,7 @@ __all__ = [
     "evaluate",
     "family_of",
     "load_data",
+    "next_command",
     "pick_device",
     "plan",
     "read_recipe_of",

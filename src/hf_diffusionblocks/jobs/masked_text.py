@@ -105,6 +105,7 @@ def write_report(
     pictures = [
         ("losses", plots.plot_losses(output, folder / "losses.png", "nats per hidden token", "whole model")),
         ("bound by block", plots.plot_block_bits(shares, model.partition, folder / "bound.png", None, unit)),
+        ("the partition", plots.plot_partition(model.partition, folder / "partition.png")),
         ("memory", plots.plot_memory(table, folder / "memory.png")),
         ("samples", plots.plot_text_samples(_drawn(samples), folder / "samples.png", title)),
     ]

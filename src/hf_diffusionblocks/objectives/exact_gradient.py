@@ -34,7 +34,7 @@ def check_exact(config: DiffusionBlocksConfig) -> None:
     if getattr(config, "context", "independent") != "cascade":
         kind = getattr(config, "context", config.model_type)
         raise ValueError(
-            f"gradient='exact' needs blocks that are one chain (a language model with context='cascade'); those of "
+            f"gradient='exact' needs blocks that are one chain (context='cascade'); those of "
             f"{kind!r} do not feed each other, and each has a loss of its own. {mend}"
         )
     if config.readout != "clean":

@@ -1,9 +1,6 @@
-"""The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
+"""The arguments of every command, with examples."""
 
 import argparse
-import json
-import os
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,23 +31,38 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    _add_habits(parser, default=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
         add(commands)
-    for add in (_add_merge, _add_push, _add_recipes):
+    for add in (_add_merge, _add_push, _add_recipes, _add_completion):
         add(commands)
     return parser
 
 
-def _command(commands: Any, name: str, summary: str, examples: str) -> argparse.ArgumentParser:
-    return commands.add_parser(
+def _add_habits(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
+    """Options of every command, which may stand before or after its name."""
+    parser.add_argument("--debug", action="store_true", default=default, help="show the whole traceback of an error")
+    parser.add_argument("-q", "--quiet", action="store_true", default=default, help="print errors only")
+    parser.add_argument("-v", "--verbose", action="store_true", default=default, help="log what is done, to stderr")
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print the result as JSON, and nothing else, to stdout")
+
+
+def _command(commands: Any, name: str, summary: str, examples: str, json: bool = True) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
         name,
         help=summary,
         description=summary,
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    _add_habits(parser)
+    if json:
+        _add_json(parser)
+    return parser
 
 
 def _add_recipe(parser: argparse.ArgumentParser, option: bool = False) -> None:
@@ -58,7 +70,8 @@ def _add_recipe(parser: argparse.ArgumentParser, option: bool = False) -> None:
     if option:
         parser.add_argument("--recipe", help=help_text + "; default: the one the model was trained with")
     else:
-        parser.add_argument("recipe", help=help_text)
+        parser.add_argument("recipe", nargs="?", help=help_text)
+    parser.add_argument("--data", metavar="PATH", help="your own data, images or text; chooses the recipe")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that replace the recipe's")
 
 
@@ -76,7 +89,6 @@ def _add_plan(commands: Any) -> None:
         "  diffusionblocks plan cifar10-dit-s2 blocks.num_blocks=6 training.per_device_train_batch_size=64",
     )
     _add_recipe(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _add_train(commands: Any) -> None:
@@ -88,8 +100,9 @@ def _add_train(commands: Any) -> None:
         "  diffusionblocks train digits-dit --method end_to_end        # all L layers at once, the same compute\n"
         "  diffusionblocks train digits-dit --method shallow --match compute   # L/B layers, B times the updates\n"
         "  diffusionblocks train digits-dit --block 1                  # a job that holds block 1 only\n"
-        "  diffusionblocks train my.yaml data.name=path/to/imagefolder model.sample_size=32\n"
-        "  diffusionblocks train austen-llama data.name=novels.txt     # text by characters\n"
+        "  diffusionblocks train --data path/to/imagefolder            # your own images, a folder per class\n"
+        "  diffusionblocks train --data novels.txt training.max_steps=500\n"
+        "  diffusionblocks train austen-llama --data novels.txt        # the same recipe by name\n"
         "  diffusionblocks train pydoc-llama --block 1 --lower runs/block-0/model --output-dir runs/block-1",
     )
     _add_recipe(parser)
@@ -106,6 +119,7 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--lower", metavar="DIR", help="a saved model with the trained blocks below (cascade)")
     parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on from a checkpoint")
     parser.add_argument("--no-report", action="store_true", help="do not sample, draw and score at the end")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and where it would go; write nothing")
 
 
 def _add_sample(commands: Any) -> None:
@@ -236,24 +250,19 @@ def _add_recipes(commands: Any) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
-    args = _parse(argv)
-    try:
-        _run(args)
-    except KeyboardInterrupt as error:
-        print(f"\ninterrupted. {error or ''}".rstrip(), file=sys.stderr)
-        print("Run the same command again to go on.", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, RuntimeError) as error:
-        if args.debug:
-            raise
-        print(f"diffusionblocks {args.command}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
-    return 0
+def _add_completion(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "completion",
+        "Print what makes a shell complete these commands and options.",
+        '  eval "$(diffusionblocks completion bash)"                   # for this shell; or in ~/.bashrc\n'
+        "  diffusionblocks completion zsh > ~/.zfunc/_diffusionblocks",
+        json=False,
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"))
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The arguments. argparse ends a list of settings at the first option; those after it belong to it as well."""
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
@@ -263,167 +272,3 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         settings += rest
     return args
-
-
-def _run(args: argparse.Namespace) -> None:
-    from . import jobs
-    from .recipes import load_recipe, make_recipe, recipe_names, recipe_path
-
-    seed = getattr(args, "seed", 0)
-    if not -(2**63) <= seed < 2**63:
-        raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
-    if args.command == "recipes":
-        print("\n".join(recipe_names()) if args.path is None else recipe_path(args.path))
-    elif args.command == "plan":
-        recipe = load_recipe(args.recipe, args.overrides)
-        if args.json:
-            print(json.dumps(jobs.plan(recipe, say=lambda line: None), indent=2))
-        else:
-            jobs.plan(recipe)
-    elif args.command == "train":
-        _train(args)
-    elif args.command == "sample":
-        _sample(args)
-    elif args.command == "evaluate":
-        if args.recipe is not None:
-            recipe = load_recipe(args.recipe, args.overrides)
-        else:
-            values = jobs.read_recipe_of(args.model)
-            if values is None:
-                raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
-            recipe = make_recipe(values, args.overrides)
-        jobs.evaluate(args.model, recipe, args.output, args.seed)
-    elif args.command == "convert":
-        jobs.convert(args.base, args.output_dir, {"num_blocks": args.num_blocks, **_settings(args.settings)})
-    elif args.command == "merge":
-        from .merging import merge_blocks
-
-        merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, say=print)
-        print(f"merged in {merged}")
-    elif args.command == "push":
-        from .repository import push_directory
-
-        push = push_directory(
-            args.model,
-            args.repo_id,
-            blocks=args.block,
-            revision=args.revision,
-            private=args.private,
-            commit_message=args.message,
-            create_pr=args.create_pr,
-            dry_run=args.dry_run,
-        )
-        print(push)
-    elif args.command == "encode":
-        jobs.encode(load_recipe(args.recipe, args.overrides), args.output_dir, args.split, args.batch_size)
-
-
-_IMAGE_OPTIONS = ("output_dir", "classes", "per_class", "guidance_scale", "solver")
-_TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "denoise", "bridge", "order")
-_NOT_OF_MASKED = ("grid", "top_k", "denoise", "bridge")
-
-
-def _sample(args: argparse.Namespace) -> None:
-    from . import jobs
-    from .recipes import make_recipe
-    from .recipes.families import FAMILIES
-
-    jobs.check_model_path(args.model)
-    family = jobs.family_of(args.model)
-    if FAMILIES[family].job == "classification":
-        raise ValueError(
-            f"{args.model} is a classifier, which draws no samples: score it with evaluate, or classify files with "
-            f"transformers' pipeline('image-classification', {args.model!r})."
-        )
-    text = FAMILIES[family].has_text
-    for name in _IMAGE_OPTIONS if text else _TEXT_OPTIONS:
-        if getattr(args, name) not in (None, False):
-            kind, option = "language" if text else "DiT", "--" + name.replace("_", "-")
-            raise ValueError(f"{option} has no meaning for {args.model}, a {kind} model: leave it out.")
-    if not text:
-        given = {
-            "class_labels": args.classes,
-            "per_class": args.per_class,
-            "num_inference_steps": args.steps,
-            "guidance_scale": args.guidance_scale,
-            "solver": args.solver,
-            "grid": args.grid,
-            "block_streaming": args.block_streaming,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        jobs.sample(args.model, args.output_dir or "samples", seed=args.seed, **given)
-        return
-    values = jobs.read_recipe_of(args.model)
-    recipe = make_recipe(values) if values is not None and values.get("family") == family else None
-    for name in _NOT_OF_MASKED if FAMILIES[family].hides_tokens else ("order",):
-        if getattr(args, name) not in (None, False):
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} has no meaning for {args.model}, a {family} model: leave it out.")
-    if FAMILIES[family].hides_tokens:
-        names = ("max_new_tokens", "steps", "order", "temperature", "top_p", "block_streaming")
-        given = {name: getattr(args, name) for name in names}
-        jobs.sample_masked(args.model, args.prompt, recipe, args.seed, **given)
-        return
-    walk = {name: getattr(args, name) for name in ("steps", "grid", "bridge")}
-    if not args.denoise and any(value is not None for value in walk.values()):
-        name = next(name for name, value in walk.items() if value is not None)
-        raise ValueError(f"--{name} is for sampling along the noise grid: add --denoise, or leave it out.")
-    greedy = args.temperature == 0
-    draws = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
-    for name in ("top_k", "top_p"):
-        if greedy and draws[name] is not None:
-            option = "--" + name.replace("_", "-")
-            raise ValueError(f"{option} is for drawing tokens, --temperature 0 takes the likeliest: leave one out.")
-    drawn = any(value is not None for value in draws.values())
-    jobs.sample_text(
-        args.model,
-        args.prompt,
-        recipe,
-        args.seed,
-        block_streaming=args.block_streaming,
-        max_new_tokens=args.max_new_tokens,
-        do_sample=False if greedy else (True if drawn else None),
-        **draws | ({"temperature": None} if greedy else {}),
-        mode="denoise" if args.denoise else None,
-        **walk,
-    )
-
-
-def _train(args: argparse.Namespace) -> None:
-    from pathlib import Path
-
-    from . import jobs
-    from .recipes import load_recipe
-    from .training.run_files import overwrite_run
-
-    overrides = list(args.overrides)
-    overrides += [
-        f"{name}={value}" for name in ("method", "match", "layers") if (value := getattr(args, name)) is not None
-    ]
-    recipe = load_recipe(args.recipe, overrides)
-    if args.residency is not None:
-        recipe.training["residency"] = args.residency
-    if args.output_dir is not None:
-        recipe.training["output_dir"] = args.output_dir
-    elif "output_dir" not in recipe.training:
-        suffix = "" if recipe.method == "blocked" else f"-{recipe.method}-{recipe.match}"
-        suffix += f"-{recipe.layers}" if recipe.layers else ""
-        recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
-    if args.overwrite and os.environ.get("RANK", "0") == "0":  # the other processes of a run wait for this one
-        overwrite_run(Path(recipe.training["output_dir"]))
-    jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report)
-
-
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    import yaml
-
-    settings = {}
-    for pair in pairs:
-        key, separator, value = pair.partition("=")
-        if not separator:
-            raise ValueError(f"setting {pair!r} must look like key=value.")
-        try:
-            settings[key] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"setting {pair!r}: {value!r} is not valid YAML; put text in quotes.") from error
-    return settings

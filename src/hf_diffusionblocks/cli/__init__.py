@@ -1,0 +1,38 @@
+"""The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from .parser import build_parser, parse
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code.
+
+    What a command has to say goes to stdout, with ``--json`` as one JSON value; progress bars and errors to stderr.
+    """
+    args = parse(argv)
+    try:
+        from .commands import run
+
+        result = run(args)
+        if getattr(args, "json", False):
+            print(json.dumps(result, indent=2, default=str))
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes at exit
+    except KeyboardInterrupt as error:
+        print(f"\ninterrupted. {error or ''}".rstrip(), file=sys.stderr)
+        print("Run the same command again to go on.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError) as error:
+        if args.debug:
+            raise
+        print(f"diffusionblocks {args.command}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+__all__ = ["build_parser", "main", "parse"]

@@ -1,0 +1,213 @@
+"""What each command does with its arguments: it calls ``hf_diffusionblocks.jobs``."""
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Say = Callable[[str], None]
+
+
+def run(args: argparse.Namespace) -> Any:
+    """Run a command; returns what ``--json`` prints."""
+    seed = getattr(args, "seed", 0)
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
+    if args.quiet:
+        _hide_progress()
+    if args.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    silent = args.quiet or getattr(args, "json", False)
+    return COMMANDS[args.command](args, (lambda line: None) if silent else print)
+
+
+def _hide_progress() -> None:
+    """No progress bars, of this library and of those that it calls."""
+    os.environ["TQDM_DISABLE"] = "1"  # read when tqdm is imported, which no command has done yet
+    os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
+    datasets.disable_progress_bars()
+    disable_progress_bar()
+
+
+def _recipe(args: argparse.Namespace, say: Say) -> Any:
+    """The recipe that is named, or the one for ``--data``, with its overrides."""
+    from ..recipes import load_recipe
+    from ..recipes.own_data import recipe_for
+
+    overrides, name = list(args.overrides), args.recipe
+    if args.data is not None:
+        if name is not None and "=" in name:  # the first override stands where a recipe's name would
+            overrides, name = [name, *overrides], None
+        if name is None:
+            name, chosen = recipe_for(args.data)
+            say(f"recipe {name} {' '.join(chosen)}")
+            overrides = [*chosen, *overrides]
+        else:
+            overrides = [f"data.name={json.dumps(args.data)}", *overrides]
+    elif name is None:
+        raise ValueError(
+            "name a recipe, such as digits-dit (`diffusionblocks recipes` lists them), or give your own data: "
+            "--data PATH."
+        )
+    overrides += [
+        f"{name}={value}" for name in ("method", "match", "layers") if (value := getattr(args, name, None)) is not None
+    ]
+    return load_recipe(name, overrides)
+
+
+def _plan(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+
+    return jobs.plan(_recipe(args, say), say=say)
+
+
+def _train(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+    from ..training.run_files import overwrite_run
+
+    recipe = _recipe(args, say)
+    if args.residency is not None:
+        recipe.training["residency"] = args.residency
+    if args.quiet:
+        recipe.training["disable_tqdm"] = True
+    if args.output_dir is not None:
+        recipe.training["output_dir"] = args.output_dir
+    elif "output_dir" not in recipe.training:
+        suffix = "" if recipe.method == "blocked" else f"-{recipe.method}-{recipe.match}"
+        suffix += f"-{recipe.layers}" if recipe.layers else ""
+        recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
+    output = Path(recipe.training["output_dir"])
+    if args.dry_run:
+        planned = jobs.plan(recipe, say=say)
+        say(f"\ndry run: would train in {output}; nothing was written.")
+        return {"output_dir": str(output), "plan": planned}
+    if args.overwrite and os.environ.get("RANK", "0") == "0":  # the other processes of a run wait for this one
+        overwrite_run(output)
+    model_dir = jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say)
+    figures = output / "figures" / "figures.json"
+    given = {"output_dir": str(output), "model": str(model_dir)}
+    known = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() and not args.no_report else None
+    if args.block is None:
+        say(f"\nnext: {jobs.next_command(recipe, model_dir)}")
+    return given | {"figures": known}
+
+
+def _sample(args: argparse.Namespace, say: Say) -> Any:
+    from .sampling import sample
+
+    return sample(args, say)
+
+
+def _evaluate(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+    from ..recipes import load_recipe, make_recipe
+
+    overrides = list(args.overrides)
+    if args.data is not None:
+        overrides = [f"data.name={json.dumps(args.data)}", *overrides]
+    if args.recipe is not None:
+        recipe = load_recipe(args.recipe, overrides)
+    else:
+        values = jobs.read_recipe_of(args.model)
+        if values is None:
+            raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
+        recipe = make_recipe(values, overrides)
+    return jobs.evaluate(args.model, recipe, args.output, args.seed, say=say)
+
+
+def _convert(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+
+    settings = {"num_blocks": args.num_blocks, **_settings(args.settings)}
+    target = jobs.convert(args.base, args.output_dir, settings, say=say)
+    say(f"next: diffusionblocks push {target} user/model --dry-run")
+    return {"model": str(target)}
+
+
+def _encode(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+
+    target = jobs.encode(_recipe(args, say), args.output_dir, args.split, args.batch_size, say=say)
+    return {"latents": str(target)}
+
+
+def _merge(args: argparse.Namespace, say: Say) -> Any:
+    from ..merging import merge_blocks
+
+    merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, say=say)
+    say(f"merged in {merged}")
+    say(f"next: diffusionblocks sample {merged}")
+    return {"model": str(merged)}
+
+
+def _push(args: argparse.Namespace, say: Say) -> Any:
+    from ..repository import push_directory
+
+    push = push_directory(
+        args.model,
+        args.repo_id,
+        blocks=args.block,
+        revision=args.revision,
+        private=args.private,
+        commit_message=args.message,
+        create_pr=args.create_pr,
+        dry_run=args.dry_run,
+    )
+    say(str(push))
+    return dataclasses.asdict(push)
+
+
+def _recipes(args: argparse.Namespace, say: Say) -> Any:
+    from ..recipes import recipe_names, recipe_path
+
+    if args.path is not None:
+        path = recipe_path(args.path)
+        say(path)
+        return path.split("\n") if args.path == "list" else path
+    names = recipe_names()
+    say("\n".join(names))
+    return names
+
+
+def _completion(args: argparse.Namespace, say: Say) -> Any:
+    import shtab
+
+    from .parser import build_parser
+
+    say(shtab.complete(build_parser(), shell=args.shell))
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        key, separator, value = pair.partition("=")
+        if not separator:
+            raise ValueError(f"setting {pair!r} must look like key=value.")
+        try:
+            settings[key] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"setting {pair!r}: {value!r} is not valid YAML; put text in quotes.") from error
+    return settings
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace, Say], Any]] = {
+    "plan": _plan,
+    "train": _train,
+    "sample": _sample,
+    "evaluate": _evaluate,
+    "convert": _convert,
+    "encode": _encode,
+    "merge": _merge,
+    "push": _push,
+    "recipes": _recipes,
+    "completion": _completion,
+}

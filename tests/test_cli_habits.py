@@ -1,0 +1,136 @@
+"""What people expect of a command: JSON for scripts, quiet and dry runs, completion, their own data by path."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hf_diffusionblocks.cli import build_parser, main
+from hf_diffusionblocks.recipes.own_data import recipe_for
+
+TINY_TEXT = ["model.hidden_size=16", "model.intermediate_size=32", "data.block_length=16", "data.max_test_samples=8"]
+FEW = ["training.max_steps=2", "training.warmup_steps=0", "training.per_device_train_batch_size=2"]
+
+
+@pytest.fixture
+def text_file(tmp_path) -> Path:
+    path = tmp_path / "my: novel.txt"  # a name that YAML would read as a mapping
+    path.write_text("the cat sat on the mat and the dog lay by the door. " * 200)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog", "emu"):
+        (tmp_path / "animals" / name).mkdir(parents=True)
+        for i in range(8):
+            image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8))
+            image.save(tmp_path / "animals" / name / f"{i}.png")
+    return tmp_path / "animals"
+
+
+def test_text_of_ones_own_is_trained_by_its_path(text_file, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    assert main(["train", "--data", str(text_file), *TINY_TEXT, *FEW, "--output-dir", out, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)  # and nothing else
+    assert result["output_dir"] == out and Path(result["model"], "config.json").is_file()
+    assert result["figures"]["bits_per_character"] > 0
+    assert main(["evaluate", result["model"], "--json", "evaluation.rows=4"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_character"] > 0
+    assert main(["sample", result["model"], "--prompt", "the ", "--max-new-tokens", "3", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0].startswith("the ")
+
+
+def test_an_image_folder_is_trained_by_its_path(folder, tmp_path, capsys):
+    small = [
+        "model.num_layers=3",
+        "model.attention_head_dim=4",
+        "evaluation.num_samples=6",
+        "evaluation.classifier_epochs=1",
+    ]
+    small += ["sampling.num_inference_steps=3", "evaluation.held_out_samples=6"]
+    assert main(["train", "--data", str(folder), *small, *FEW, "--output-dir", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "recipe folder-dit" in said and f"next: diffusionblocks sample {tmp_path / 'run' / 'model'}" in said
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["base_config"]["num_embeds_ada_norm"] == 3 and config["id2label"]["2"] == "emu"
+
+
+def test_a_split_that_is_there_is_what_is_scored(folder):
+    name, settings = recipe_for(str(folder))
+    assert name == "folder-dit" and "data.test_split=train" in settings
+    (folder / "train").mkdir()
+    for kind in ("cat", "dog", "emu"):
+        (folder / kind).rename(folder / "train" / kind)
+    (folder / "test" / "cat").mkdir(parents=True)
+    (folder / "train" / "cat" / "0.png").rename(folder / "test" / "cat" / "0.png")
+    assert recipe_for(str(folder))[1] == [f'data.name="{folder}"', "model.num_embeds_ada_norm=3"]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda p: None, "there is no such file or directory"),
+        (lambda p: p.mkdir(), "holds 0 files"),
+        (lambda p: (p.mkdir(), (p / "a.bin").write_bytes(b"x")), "holds 1 files, none of which"),
+    ],
+)
+def test_data_that_is_none_ends_with_one_line(make, message, tmp_path, capsys):
+    make(tmp_path / "data")
+    assert main(["train", "--data", str(tmp_path / "data")]) == 2
+    assert message in capsys.readouterr().err
+    table = tmp_path / "rows.parquet"
+    table.write_bytes(b"PAR1")
+    assert main(["train", "--data", str(table)]) == 2
+    assert "may hold images or text" in capsys.readouterr().err
+
+
+def test_without_a_recipe_the_error_says_what_to_name(capsys):
+    assert main(["plan"]) == 2
+    assert "name a recipe, such as digits-dit" in capsys.readouterr().err
+
+
+def test_a_dry_run_writes_nothing(text_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert (
+        main(["train", "austen-llama", "--data", str(text_file), *TINY_TEXT, "--output-dir", str(out), "--dry-run"])
+        == 0
+    )
+    assert f"dry run: would train in {out}" in capsys.readouterr().out and not out.exists()
+
+
+def test_quiet_prints_nothing_wherever_it_stands(capsys):
+    for words in (["-q", "recipes"], ["recipes", "--quiet"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out == ""
+    assert main(["-q", "plan", "no-such-recipe"]) == 2
+    assert "no-such-recipe" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_shells_can_complete_it(shell, capsys):
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "diffusionblocks" in script and "residency" in script
+
+
+def test_every_command_has_examples_and_json():
+    commands = next(a for a in build_parser()._actions if a.dest == "command").choices
+    for name, parser in commands.items():
+        assert "examples:" in parser.format_help(), name
+        assert "--json" in parser.format_help() or name == "completion", name
+
+
+def test_a_closed_pipe_is_no_error():
+    code = "import sys; from hf_diffusionblocks.cli import main; sys.exit(main(['recipes', '--path', 'list']))"
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert done.returncode == 0 and done.stderr == ""
