@@ -312,8 +312,8 @@ def test_the_trainer_distils_from_its_teacher(tmp_path):
         ({"distillation_weight": 1.5}, r"distillation_weight=1.5 must lie in \[0, 1\]"),
         ({"distillation_weight": float("nan")}, "distillation_weight=nan"),
         ({"hidden_weight": -1.0}, "hidden_weight=-1.0 must not be negative"),
-        ({"hidden_weight": 0.5}, "need a teacher"),
-        ({"distillation_weight": 0.5}, "need a teacher"),
+        ({"hidden_weight": 0.5}, "without a teacher"),
+        ({"distillation_weight": 0.5}, "without a teacher"),
     ],
     ids=str,
 )

@@ -240,7 +240,7 @@ def test_distillation_weights_outside_0_to_1_are_refused(share):
 
 
 def test_distillation_without_a_teacher_is_refused():
-    with pytest.raises(ValueError, match="distillation_weight=0.5 needs a teacher"):
+    with pytest.raises(ValueError, match="distillation_weight=0.5 without a teacher"):
         DenoisingScoreMatching(distillation_weight=0.5)
 
 

@@ -19,6 +19,7 @@ from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_checks import IGNORED, check_some_target
 from ..losses import linear_cross_entropy, linear_divergence
 from .result import HeldOutLoss, ObjectiveResult
+from .teacher import freeze_teacher
 
 
 def next_tokens(batch: dict[str, Tensor]) -> Int[Tensor, "batch tokens"]:
@@ -59,18 +60,8 @@ class NextTokenPrediction:
     hidden_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight} must lie in [0, 1].")
-        if not self.hidden_weight >= 0:
-            raise ValueError(f"hidden_weight={self.hidden_weight} must not be negative.")
-        if (self.distillation_weight or self.hidden_weight) and self.teacher is None:
-            raise ValueError(
-                f"distillation_weight={self.distillation_weight} and hidden_weight={self.hidden_weight} need a "
-                "teacher: the frozen base model."
-            )
+        freeze_teacher(self.teacher, self.distillation_weight, self.hidden_weight)
         self._linear_head: bool | None = None
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval()
 
     def __call__(
         self,

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..modeling import BlockedPreTrainedModel
 from .result import HeldOutLoss, ObjectiveResult
+from .teacher import freeze_teacher
 
 
 def weighted_error(
@@ -56,12 +57,7 @@ class DenoisingScoreMatching:
     null_conditioning: dict[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.distillation_weight <= 1:
-            raise ValueError(f"distillation_weight={self.distillation_weight} must lie in [0, 1].")
-        if self.distillation_weight > 0 and self.teacher is None:
-            raise ValueError(f"distillation_weight={self.distillation_weight} needs a teacher: the frozen base model.")
-        if self.teacher is not None:
-            self.teacher.requires_grad_(False).eval()
+        freeze_teacher(self.teacher, self.distillation_weight)
 
     def __call__(
         self,
