@@ -8,13 +8,15 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from hf_diffusionblocks import BlockedForCausalLM, denoising_generate
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.likelihood import language_model_likelihood
 from hf_diffusionblocks.merging import merge_blocks
 from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.training import DiffusionBlocksTrainingArguments
 from test_cli import SMALL
 from tiny import tiny_vae
-from tiny_text import TEXT_RECIPE, base_lm, words_file
+from tiny_text import TEXT_RECIPE, base_lm, blocked_lm, words_file
 
 IMAGES = ["train", "digits-dit", *SMALL, "training.max_steps=2", "--no-report"]
 
@@ -269,3 +271,47 @@ def test_waiting_for_no_time_that_there_is(models, wait, tmp_path, capsys):
 def test_figures_of_the_runs_are_json(models):
     for family in ("dit", "lm"):
         assert json.loads((models[family] / "recipe.json").read_text())["training"]["max_steps"] in (2, 6)
+
+
+# -- what a reader of the language models found ------------------------------------------------------------------
+
+
+def test_plain_rows_are_scored_and_wrong_ones_named():
+    model = blocked_lm()
+    rows = [{"input_ids": list(range(3, 13))}] * 4
+    as_tensors = [{"input_ids": torch.arange(3, 13)}] * 4
+    scored = language_model_likelihood(model, rows).nats_per_token
+    assert scored == language_model_likelihood(model, as_tensors).nats_per_token
+    assert scored == pytest.approx(language_model_likelihood(model, rows[:1]).nats_per_token)
+    with pytest.raises(ValueError, match="99"):
+        language_model_likelihood(model, [{"input_ids": [3, 4, 99]}])
+    with pytest.raises(ValueError, match="lengths 3, 2"):
+        language_model_likelihood(model, [{"input_ids": [3, 4, 5]}, {"input_ids": [3, 4]}])
+
+
+def test_walks_refuse_models_without_blocks_and_prompts_padded_on_the_right():
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 6]])
+    right = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    walk = {"custom_generate": denoising_generate, "max_new_tokens": 2}
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no blocks"):
+        base_lm().generate(ids, attention_mask=torch.ones_like(ids), **walk)
+    with pytest.raises(ValueError, match="padded on the right"):
+        blocked_lm().generate(ids, attention_mask=right, **walk)
+    blocked_lm().generate(ids, attention_mask=right.flip(1), **walk)
+
+
+def test_a_base_that_is_no_directory_is_no_question_for_the_hub(tmp_path):
+    with pytest.raises(ValueError, match="there is no directory"):
+        BlockedForCausalLM.from_base(str(tmp_path / "none"), num_blocks=3)
+
+
+def test_a_job_without_the_blocks_right_below_it_says_which_to_train(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("the cat sat on the mat. " * 100)
+    small = ["model.hidden_size=16", "model.intermediate_size=32", "data.block_length=16", "training.max_steps=1"]
+    run = ["train", "austen-llama", "--data", str(text), *small, "training.warmup_steps=0", "--no-report"]
+    run += ["training.train_shared=none", "training.save_steps=0"]
+    assert main([*run, "--block", "0", "--output-dir", str(tmp_path / "0")]) == 0
+    lower = str(tmp_path / "0" / "model")
+    error = said(capsys, [*run, "--block", "2", "--lower", lower, "--output-dir", tmp_path / "2"])
+    assert f"--lower {lower} does not give block 1, which block 2 reads" in error and "Train --block 1 first" in error

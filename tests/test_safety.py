@@ -85,7 +85,7 @@ def change_json(path: Path, *keys: str, value: Any) -> None:
 
 ABSURD = [
     ("dit", ("num_blocks",), 10**9, "edges=.*has 4 values"),
-    ("dit", ("base_config", "num_layers"), 10**9, "the number of layers, 1000000000, must lie between 1 and"),
+    ("dit", ("base_config", "num_layers"), 10**9, "1000000000 must be a whole number of layers, at most"),
     ("dit", ("base_config", "num_layers"), 10**30, "absurdly large"),
     ("dit", ("base_config", "attention_head_dim"), 10**8, "shape|cannot be built|can be built"),
     ("dit", ("base_config", "sample_size"), 10**6, "positions"),
@@ -184,7 +184,7 @@ def test_a_model_type_that_is_not_the_family_s_is_one_clear_error(originals, tmp
                 load()
             said = str(error.value)
             assert "\n" not in said and len(said) < 300 and f"model_type={value!r}"[:60] in said, said
-        with pytest.raises(ValueError, match="'blocked_dit' or 'blocked_causal_lm'|no blocks to merge"):
+        with pytest.raises(ValueError, match="must be 'blocked_dit' or 'blocked_|no blocks to merge"):
             merge_blocks([directory], tmp_path / "merged")
         if value != "llama":
             for look in (blocked_config_of, family_of):

@@ -152,6 +152,10 @@ def denoising_generate(
     given = {"steps": steps, "grid": grid, "bridge": bridge, "seed": seed}
     fields = {n: getattr(generation_config, n, None) if v is None else v for n, v in given.items()}
     settings = DenoisingConfig(**{n: v for n, v in fields.items() if v is not None})
+    if not isinstance(model, BlockedForCausalLM):
+        raise ValueError(
+            f"a {type(model).__name__} has no blocks to walk through: cut it with BlockedForCausalLM.from_base()."
+        )
     walk = _Walk(model, settings, logits_processor)
     mask, positions, cache, seen = _checked(walk, input_ids, generation_config, model_kwargs)
     sample = bool(generation_config.do_sample)
@@ -299,6 +303,11 @@ def _checked(
             "sequence, with the tokens that a cache holds."
         )
     model.check_tokens(input_ids, mask)
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(
+            "the prompts are padded on the right (the last column of attention_mask has zeros): pad them on the left, "
+            "tokenizer.padding_side = 'left'."
+        )
     check_generated_length(model.config, tokens, generation_config.max_length)
     cache, seen = (cache, _tokens_in(cache, walk, input_ids)) if use_cache and cache is not None else (None, 0)
     if positions is not None and positions.shape[-1] != tokens:  # generate makes them from the mask

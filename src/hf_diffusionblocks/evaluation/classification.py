@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batches import fetch
 from ..families.image_classification import BlockedForImageClassification
 from ..metrics import ClassificationQuality
 from ..objectives import LabelPrediction
@@ -36,7 +37,7 @@ def predict(
     model.eval()
     logits, labels = [], []
     for start in range(0, count, batch_size):
-        batch = dataset[list(range(start, min(start + batch_size, count)))]
+        batch = fetch(dataset, list(range(start, min(start + batch_size, count))))
         logits.append(model(batch["pixel_values"].to(model.device), **walk).logits.float().cpu())
         labels.append(batch["class_labels"].cpu())
     model.train(training)

@@ -27,5 +27,8 @@ def part_settings(base: Any, settings: Mapping[str, Any]) -> tuple[dict[str, Any
             f"{', '.join(loading)}: no setting for a base that is given as a {type(base).__name__}, only for one that "
             "is loaded by name. Convert it before (.to(torch.bfloat16)), or the blocked model afterwards."
         )
+    named = os.fspath(base) if isinstance(base, (str, os.PathLike)) else ""
+    if (named.startswith((".", "/", "~")) or named.count("/") > 1) and not os.path.isdir(named):
+        raise ValueError(f"there is no directory {named}: give a pretrained model's directory or its id on the Hub.")
     check_dtype(loading.get("dtype"))
     return loading, {name: value for name, value in settings.items() if name not in LOADING}

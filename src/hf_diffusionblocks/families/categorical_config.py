@@ -210,7 +210,7 @@ def family_settings(
     allowed = fields_of(kind)
     unknown = [n for n in settings if n not in allowed]
     if unknown:
-        raise ValueError(unknown_name("setting", unknown[0], allowed))
+        raise ValueError(unknown_name("setting", unknown[0], allowed | {"preset"}))
     if settings.get("readout", "clean") != "clean" or settings.get("pretrained"):
         settings.setdefault("auxiliary_layers", 0)  # a trained base is trained on by its exact gradient
     if num_blocks is None:

@@ -43,6 +43,12 @@ def trainer_says(trainer: DiffusionBlocksTrainer, say: Say) -> Say:
     """What a process of a run prints: a group's leader speaks, and says for which blocks if there are other groups."""
     if not trainer.group.is_leader:
         return lambda line: None
+    if trainer.group.size > 1:
+        samples = trainer.args.per_device_train_batch_size * trainer.args.gradient_accumulation_steps
+        say(
+            f"{trainer.group.size} processes share each of blocks {list(trainer.group.blocks)}: an update takes "
+            f"{trainer.group.size} x {samples} samples"
+        )
     if not trainer.is_job:
         return say
     named = f"[{trainer.output_dir.name}] "

@@ -145,5 +145,5 @@ def _check_better_than_nothing(model: BlockedForCausalLM, nats: float) -> None:
     if not nats < even:
         raise ValueError(
             f"the model's next tokens cost {nats:.3f} nats, an even guess among {model.config.vocab_size} tokens "
-            f"{even:.3f}: it has not been trained (on such text). Train a pilot run first."
+            f"{even:.3f}: it has learned nothing of such text. Train a longer pilot run on text like this."
         )

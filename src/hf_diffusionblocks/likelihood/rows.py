@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.utils.data import default_collate
 from transformers import PreTrainedModel
 
+from ..batches import fetch
 from ..families.causal_lm import BlockedForCausalLM
 from ..losses import CHUNK_ELEMENTS, Pairs, linear_cross_entropy, linear_logits
 from ..objectives.next_token import IGNORED, next_tokens
@@ -30,11 +30,7 @@ def batches(dataset: Any, batch_size: int, max_rows: int | None, device: torch.d
     if count == 0:
         raise ValueError("the data set has no rows: at least one is needed.")
     for start in range(0, count, batch_size):
-        indices = list(range(start, min(start + batch_size, count)))
-        try:
-            batch = dataset[indices]
-        except TypeError:  # a data set that knows single indices only
-            batch = default_collate([dataset[i] for i in indices])
+        batch = fetch(dataset, list(range(start, min(start + batch_size, count))))
         if "input_ids" not in batch:
             raise ValueError(f"a batch holds {sorted(batch)}; 'input_ids' are needed. Load it with load_text_dataset.")
         yield {name: torch.as_tensor(value).to(device) for name, value in batch.items()}

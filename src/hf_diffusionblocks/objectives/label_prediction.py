@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batches import fetch
 from ..families.image_classification import BlockedForImageClassification
 from .exact_gradient import ExactGradient
 from .result import HeldOutLoss, ObjectiveResult
@@ -126,7 +127,7 @@ class LabelPrediction:
         total: list[Tensor] = []
         blocks: list[list[Tensor]] = [[] for _ in range(model.partition.num_blocks)]
         for start in range(0, count, batch_size):
-            batch = dataset[list(range(start, min(start + batch_size, count)))]
+            batch = fetch(dataset, list(range(start, min(start + batch_size, count))))
             batch = {k: v.to(device) for k, v in batch.items()}
             logits = model(batch["pixel_values"]).logits.float()
             total.append(F.cross_entropy(logits, batch["class_labels"], reduction="none").cpu())

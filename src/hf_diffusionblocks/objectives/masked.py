@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..batches import fetch
 from ..families.causal_lm_checks import IGNORED
 from ..families.masked_lm import BlockedForMaskedLM
 from ..losses import linear_cross_entropy
@@ -130,7 +131,7 @@ class MaskedDiffusion:
         nats, tokens = [], []
         model.eval()
         for start in range(0, count, batch_size):
-            batch = dataset[list(range(start, min(start + batch_size, count)))]
+            batch = fetch(dataset, list(range(start, min(start + batch_size, count))))
             batch = {k: v.to(device) for k, v in batch.items()}
             shares = [block_nats(model, b, batch, num_draws, generator).mean(-1) for b in blocks]
             nats.append(torch.stack(shares, -1).cpu())

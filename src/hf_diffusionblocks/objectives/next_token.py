@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batches import fetch
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_checks import IGNORED, check_some_target
 from ..losses import linear_cross_entropy, linear_divergence
@@ -212,7 +213,7 @@ class NextTokenPrediction:
         blocks: list[list[Tensor]] = [[] for _ in range(model.partition.num_blocks)]
         count = len(dataset) if max_samples is None else min(len(dataset), max_samples)
         for start in range(0, count, batch_size):
-            batch = dataset[list(range(start, min(start + batch_size, count)))]
+            batch = fetch(dataset, list(range(start, min(start + batch_size, count))))
             batch = {k: v.to(device) for k, v in batch.items()}
             places = model.places(batch)
             labels = next_tokens(batch)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..batches import fetch
 from ..modeling import BlockedPreTrainedModel
 from .result import HeldOutLoss, ObjectiveResult
 from .teacher import freeze_teacher
@@ -168,7 +169,7 @@ def held_out_loss(
     losses = torch.empty(total, dtype=torch.float64)
     for start in range(0, total, batch_size):
         rows = torch.arange(start, min(start + batch_size, total))
-        batch = dataset[(rows % count).tolist()]
+        batch = fetch(dataset, (rows % count).tolist())
         y, sigma = batch["pixel_values"].to(device, torch.float32), sigmas[rows].to(device)
         z = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=generator).to(device)
         conditioning = {name: value.to(device) for name, value in model.conditioning(batch).items()}
