@@ -96,6 +96,7 @@ class BlockedCNN(LocalClassifier):
         c = self.preconditioning(sigma)
         return c.c_skip[:, None] * z + c.c_out[:, None] * output
 
+    @torch.no_grad()
     def predict(self, images: Images, generator: torch.Generator) -> Int64[Tensor, "batch"]:
         noise = standard_normal(images.new_empty(len(images), self.embedding.weight.shape[1]), generator)
 

@@ -166,6 +166,7 @@ class ForwardForwardViT(LocalClassifier):
             columns.append(total)
         return torch.stack(columns, dim=-1)
 
+    @torch.no_grad()
     def predict(self, images: Images, generator: torch.Generator) -> Int64[Tensor, "batch"]:
         return self.scores(images).argmax(-1)
 
@@ -187,5 +188,6 @@ class BackpropViT(LocalClassifier):
     def losses(self, images: Images, labels: Labels, generator: torch.Generator) -> Iterator[LocalLoss]:
         yield 0, F.cross_entropy(self.model(pixel_values=images).logits, labels)
 
+    @torch.no_grad()
     def predict(self, images: Images, generator: torch.Generator) -> Int64[Tensor, "batch"]:
         return self.model(pixel_values=images).logits.argmax(-1)

@@ -50,7 +50,7 @@ class LocalClassifier(nn.Module, ABC):
 
     @abstractmethod
     def predict(self, images: Images, generator: torch.Generator) -> Labels:
-        """The class of each image. ``generator`` as in ``losses``."""
+        """The class of each image, without gradients. ``generator`` as in ``losses``."""
 
     def resident(self, part: int) -> Sequence[nn.Module]:
         """What a job that trains one part alone must hold: the part, unless it needs others to run."""
@@ -108,7 +108,8 @@ class LocalTrainer:
         size = self.args.per_device_train_batch_size
         batch = self.dataset[self.order.indices(update * size, size)]
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "rival", update))
-        return batch["pixel_values"], batch["class_labels"], generator
+        device = next(self.model.parameters()).device
+        return batch["pixel_values"].to(device), batch["class_labels"].to(device), generator
 
     def step(self) -> dict[int | None, float]:
         """One update of all parts; returns their losses."""
@@ -232,8 +233,9 @@ def accuracy(model: LocalClassifier, dataset: Any, batch_size: int = 256, seed: 
     """
     model.eval()
     generator = torch.Generator().manual_seed(derive_seed(seed, "rival", "test"))
-    right = 0
+    device, right = next(model.parameters()).device, 0
     for start in range(0, len(dataset), batch_size):
         batch = dataset[list(range(start, min(start + batch_size, len(dataset))))]
-        right += int((model.predict(batch["pixel_values"], generator) == batch["class_labels"]).sum())
+        found = model.predict(batch["pixel_values"].to(device), generator)
+        right += int((found == batch["class_labels"].to(device)).sum())
     return right / len(dataset)

@@ -81,6 +81,7 @@ class NoPropDT(LocalClassifier):
             z = a * self.embedding.expected(block(images, z)) + b * z + c**0.5 * standard_normal(z, generator)
         return self.classifier(z)
 
+    @torch.no_grad()
     def predict(self, images: Images, generator: torch.Generator) -> Int64[Tensor, "batch"]:
         return self.run(images, generator).argmax(-1)
 
@@ -135,6 +136,7 @@ class NoPropCT(LocalClassifier):
         divergence = divergence_from_prior(u, alpha_bar[0]).mean()
         yield 0, F.cross_entropy(self.classifier(z_1), labels) + divergence + denoising
 
+    @torch.no_grad()
     def predict(self, images: Images, generator: torch.Generator) -> Int64[Tensor, "batch"]:
         times = torch.linspace(0, 1, self.num_steps + 1, device=images.device)
         coefficients = step_coefficients(self.schedule.alpha_bar(times).double()).T.tolist()
@@ -184,6 +186,7 @@ class NoPropFM(LocalClassifier):
             loss = loss + F.cross_entropy(self.classifier(z + (1 - t[:, None]) * v), labels)
         yield 0, loss
 
+    @torch.no_grad()
     def predict(self, images: Images, generator: torch.Generator) -> Int64[Tensor, "batch"]:
         features = self.network.encode(images)
         z = standard_normal(images.new_empty(len(images), self.embedding.weight.shape[1]), generator)

@@ -43,8 +43,6 @@ def _recipe(args: argparse.Namespace, say: Say) -> Any:
 
     overrides, name = list(args.overrides), args.recipe
     if args.data is not None:
-        if name is not None and "=" in name:  # the first override stands where a recipe's name would
-            overrides, name = [name, *overrides], None
         if name is None:
             name, chosen = recipe_for(args.data)
             say(f"recipe {name} {' '.join(chosen)}")

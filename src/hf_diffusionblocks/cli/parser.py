@@ -271,4 +271,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:
         settings += rest
+    if getattr(args, "data", None) is not None and "=" in (args.recipe or ""):  # no recipe: the first of the settings
+        args.recipe, args.overrides = None, [args.recipe, *args.overrides]
     return args

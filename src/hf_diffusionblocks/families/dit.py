@@ -34,6 +34,7 @@ from .dit_inputs import (
     check_pixels,
     check_training_labels,
     column_of,
+    drop_prompts,
     dummy_columns,
 )
 from .routed_transformer import RoutedTransformer
@@ -122,16 +123,15 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             batch: ``class_labels`` [batch], or the columns of the model's class, such as the prompts' embeddings.
             drop: samples [batch], as booleans, whose label or prompt is replaced by none.
             null: the empty prompt's embeddings by column, each of one sample; without it prompts are not dropped.
+
+        Raises:
+            ValueError: for embeddings of the empty prompt that do not fit the batch's.
         """
         if self.config.transformer_class.has_labels:
             labels = batch["class_labels"]
             return {"class_labels": labels if drop is None else torch.where(drop, self.config.num_classes, labels)}
         given = {name: batch[name] for name in self.config.columns if name in batch}
-        if drop is not None and null:
-            for name in null.keys() & given.keys():
-                value, empty = given[name], null[name].to(given[name])
-                given[name] = torch.where(drop.view(-1, *[1] * (value.ndim - 1)), empty, value)
-        return given
+        return given if drop is None or not null else drop_prompts(given, drop, null)
 
     def check_batch(self, batch: dict[str, Tensor]) -> None:
         labelled = self.config.transformer_class.has_labels

@@ -75,6 +75,8 @@ def base_preconditioning(settings: Mapping[str, Any], scheduler: Mapping[str, An
                 "network anew."
             )
         settings["preconditioning"] = "rectified_flow" if flow else "vp_epsilon"
+    if scheduler.get("flow_shift") is not None:  # what multistep schedulers call it
+        scheduler = {"shift": scheduler["flow_shift"], **scheduler}
     known = {"vp_epsilon": SCHEDULE_SETTINGS, "rectified_flow": FLOW_SETTINGS if flow else ()}
     names = known.get(settings["preconditioning"], ())
     if names and "noise_schedule" not in settings:

@@ -129,6 +129,31 @@ def column_of(batch: Mapping[str, Any], name: str) -> Tensor:
     return value
 
 
+def drop_prompts(given: Mapping[str, Tensor], drop: Tensor, null: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Conditioning in which some samples have the empty prompt.
+
+    Args:
+        given: columns [batch, ...] by name.
+        drop: which samples, booleans [batch].
+        null: the empty prompt's columns, each of one sample [...].
+
+    Raises:
+        ValueError: for a column that is not there, or of another shape than the batch's.
+    """
+    given = dict(given)
+    for name, empty in null.items():
+        if name not in given:
+            raise ValueError(unknown_name("null_conditioning column", name, given))
+        value = given[name]
+        if empty.shape != value.shape[1:]:
+            raise ValueError(
+                f"null_conditioning has {name} of shape {list(empty.shape)}, and a prompt's is "
+                f"{list(value.shape[1:])}: encode the empty prompt as the others, padded to the same length."
+            )
+        given[name] = torch.where(drop.view(-1, *[1] * (value.ndim - 1)), empty.to(value), value)
+    return given
+
+
 def dummy_columns(columns: Mapping[str, Column], batch_size: int, text_length: int) -> dict[str, Tensor]:
     """Zeros of the right shapes for all columns, masks of ones."""
     shapes = {name: (batch_size, *(text_length if n is None else n for n in c.shape)) for name, c in columns.items()}
@@ -145,5 +170,6 @@ __all__ = [
     "check_pixels",
     "check_training_labels",
     "column_of",
+    "drop_prompts",
     "dummy_columns",
 ]
