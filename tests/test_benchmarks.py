@@ -32,6 +32,12 @@ def test_the_documented_tables_are_those_of_the_kept_results(script, study):
     assert len(lines) > 5 and all(line in text for line in lines), [line for line in lines if line not in text]
 
 
+def test_the_table_of_masked_models_is_that_of_the_kept_results(script):
+    text = (ROOT / "docs" / "experiments-masked.md").read_text(encoding="utf-8")
+    lines = script("masked_quality").table("austen").splitlines()
+    assert len(lines) > 5 and all(line in text for line in lines), [line for line in lines if line not in text]
+
+
 def test_every_study_has_its_results_where_it_looks_for_them(script):
     for name in ("quality", "text_quality"):
         module = script(name)

@@ -98,6 +98,7 @@ def test_no_temperature_and_a_narrow_nucleus_take_the_likeliest_token():
     assert torch.equal(greedy, unmask(model, ids, steps=1, temperature=1e-3))
 
 
+@torch.no_grad()
 def test_ancestral_sampling_draws_what_the_model_says():
     """Two tokens: with small steps one is drawn first, each as often, and the other given it."""
     base = base_config(vocab_size=6, num_layers=1)
