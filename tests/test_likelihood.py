@@ -514,7 +514,7 @@ def test_a_model_that_was_not_trained_is_refused():
     with pytest.raises(ValueError, match=r"blocks \[1, 2\] " + message):
         information_profile(BlockedForCausalLM.from_base(base_config(), 3, trained_blocks=[0]), data)
     # and what the config says is not believed against the figures
-    with pytest.raises(ValueError, match="an even guess among 40 tokens 3.689: it has not been trained"):
+    with pytest.raises(ValueError, match="an even guess among 40 tokens 3.689: it has learned nothing"):
         information_profile(BlockedForCausalLM.from_base(base_lm(), 3), data)
 
 

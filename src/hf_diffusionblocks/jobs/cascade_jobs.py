@@ -44,10 +44,16 @@ def take_lower_blocks(model: BlockedCategoricalModel, directory: str, count: int
     """Load the shared parts and the first so many blocks from a saved model.
 
     Raises:
-        ValueError: if that is another model.
+        ValueError: if that is another model, or does not hold all of them.
     """
     for block in range(count):  # one at a time: they may be streamed
-        below = type(model).from_pretrained(directory, blocks=[block])
+        try:
+            below = type(model).from_pretrained(directory, blocks=[block])
+        except ValueError as error:
+            raise ValueError(
+                f"--lower {directory} does not give block {block}, which block {count} reads ({error}) Train --block "
+                f"{block} first, with --lower if it is not the lowest, and give the model that it saves."
+            ) from error
         for name in _SAME:
             theirs, ours = getattr(below.config, name), getattr(model.config, name)
             if theirs != ours:
