@@ -10,6 +10,7 @@ from diffusers import DiTTransformer2DModel
 
 from hf_diffusionblocks import BlockedForCausalLM, denoising_generate
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.data import train_tokenizer
 from hf_diffusionblocks.likelihood import language_model_likelihood
 from hf_diffusionblocks.merging import merge_blocks
 from hf_diffusionblocks.recipes import load_recipe
@@ -298,6 +299,20 @@ def test_walks_refuse_models_without_blocks_and_prompts_padded_on_the_right():
     with pytest.raises(ValueError, match="padded on the right"):
         blocked_lm().generate(ids, attention_mask=right, **walk)
     blocked_lm().generate(ids, attention_mask=right.flip(1), **walk)
+
+
+@pytest.mark.parametrize("text", ["hello world the cat sat on the mat", "ねこ が まど の うえ に いる", "abcdef ghi"])
+def test_stop_strings_work_whatever_letters_the_tokenizer_knows(text):
+    tokenizer = train_tokenizer([text] * 20, "character")
+    model = BlockedForCausalLM.from_base(base_lm(vocab_size=len(tokenizer)), 3, auxiliary_layers=0).eval()
+    prompt = tokenizer(text[:4], return_tensors="pt", return_token_type_ids=False)
+    free = model.generate(**prompt, max_new_tokens=12, do_sample=False, eos_token_id=None)[0]
+    new = free[prompt["input_ids"].shape[1] :]
+    stop = tokenizer.decode(new[3:4])
+    given = {"stop_strings": [stop], "tokenizer": tokenizer, "max_new_tokens": 12, "do_sample": False}
+    stopped = model.generate(**prompt, **given, eos_token_id=None)[0][prompt["input_ids"].shape[1] :]
+    first = next(i for i, token in enumerate(new) if stop in tokenizer.decode(token[None]))
+    assert stopped.tolist() == new[: first + 1].tolist()
 
 
 def test_a_base_that_is_no_directory_is_no_question_for_the_hub(tmp_path):

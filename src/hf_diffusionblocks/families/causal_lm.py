@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.generation import StoppingCriteriaList, StopStringCriteria
+from transformers.generation import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..agreement import hub_name, weights_digest
@@ -53,6 +53,7 @@ from .causal_lm_checks import (
 )
 from .causal_lm_config import PRESETS, BlockedCausalLMConfig
 from .causal_lm_conversion import check_same_function, copy_weights, decoder_of, resize_vocabulary
+from .stop_strings import StopStrings
 from .two_stream import (
     TwoStreamMasks,
     attention_mask_for,
@@ -580,8 +581,8 @@ class BlockedForCausalLM(BlockedCategoricalModel, GenerationMixin):
         """As in transformers, which hands no streamer and no stop strings on to a callable ``custom_generate``."""
         streamer, custom = kwargs.get("streamer"), kwargs.get("custom_generate")
         check_denoising(kwargs)
-        if callable(custom) and kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
-            stop = StopStringCriteria(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
+        if kwargs.get("stop_strings") is not None and kwargs.get("tokenizer") is not None:
+            stop = StopStrings(kwargs.pop("tokenizer"), kwargs.pop("stop_strings"))
             kwargs["stopping_criteria"] = StoppingCriteriaList([*(kwargs.get("stopping_criteria") or ()), stop])
         if streamer is not None and callable(custom):
             kwargs["custom_generate"] = functools.partial(custom, streamer=streamer)
