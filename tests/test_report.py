@@ -376,6 +376,12 @@ def test_a_new_run_leaves_no_report_of_an_earlier_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["previous-1"]
 
 
+def test_a_live_page_needs_no_torch():
+    code = "import sys, hf_diffusionblocks.report; print('torch' in sys.modules, 'jinja2' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
+
+
 def test_templates_come_with_the_package():
     names = {path.name for path in Path(TEMPLATES).iterdir()}
     assert names == {"page.html", "sections.html", "style.css", "watch.js"}

@@ -1,6 +1,7 @@
 """The live page and the report in a real browser (Debian's chromium, driven by Playwright)."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_diffusionblocks.report import write_report
+from hf_diffusionblocks.training import run_status
 from report_runs import NASTY, make_run, row, serving, write_status
 from runs import make_trainer
 
@@ -31,24 +33,30 @@ def open_page(browser) -> Iterator:
     """A function that opens a page; at the end, no page may have said anything on its console or asked elsewhere."""
     contexts, said, asked = [], [], []
 
-    def open_it(url: str, size: dict = DESKTOP, scheme: str = "light", allowed: tuple[str, ...] = ()):
+    def open_it(url: str, size: dict = DESKTOP, scheme: str = "light"):
         contexts.append(browser.new_context(viewport=size, color_scheme=scheme))
         page = contexts[-1].new_page()
         page.set_default_timeout(8000)
         page.on("console", lambda message: said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}"))
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: asked.append((url, request.url)))
         page.goto(url)
-        page.evaluate("document.fonts.ready")
-        assert all(u.startswith((url, "data:", *allowed)) for u in asked)
         return page
 
     yield open_it
     for context in contexts:
         context.close()
     assert [text for text in said if "ERR_CONNECTION_REFUSED" not in text] == []
-    assert all(url.startswith(("http://127.0.0.1:", "file://", "data:")) for url in asked)
+    assert [asked_for for url, asked_for in asked if not asked_for.startswith((url, "data:"))] == []
+
+
+def until(page, expression: str) -> None:
+    """Wait for a condition in the page; Playwright's own way needs ``eval``, which the page's policy forbids."""
+    end = time.monotonic() + 8
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"{expression} did not come true: {page.inner_text('main')}"
+        page.wait_for_timeout(50)
 
 
 def text(page, selector: str) -> str:
@@ -59,7 +67,8 @@ def width(page) -> int:
     return page.evaluate("Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)")
 
 
-def test_the_page_follows_a_run_from_before_its_beginning_to_after_its_end(open_page, tmp_path):
+def test_the_page_follows_a_run_from_before_its_beginning_to_after_its_end(open_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_status, "_SECONDS_BETWEEN", 0.0)
     run = tmp_path / "run"
     with serving(run) as server:
         page = open_page(server.url)
@@ -71,24 +80,21 @@ def test_the_page_follows_a_run_from_before_its_beginning_to_after_its_end(open_
 
             def on_log(self, args, state, control, **kwargs):
                 if state.global_step in (3, 9):
-                    kwargs["trainer"].status.on_stop(kwargs["trainer"])  # a word now, not in a second
-                    kwargs["trainer"].status._write(kwargs["trainer"], "training")
-                    page.wait_for_function(
-                        "n => document.getElementById('progress').textContent.includes(`${n} of 15`)",
-                        arg=state.global_step,
+                    until(
+                        page, f"document.getElementById('progress').textContent.includes('{state.global_step} of 15')"
                     )
                     seen.append((text(page, "#announcement"), text(page, ".place >> nth=0"), page.title()))
 
         page.evaluate("window.loaded = 'once'")
         make_trainer(run, callbacks=[Look()], max_steps=5, logging_steps=3).train()
-        assert [words for words, *_ in seen] == ["training, 20 % done", "training, 60 % done"]
+        assert [words for words, *_ in seen] == ["training, past 20 %", "training, past 60 %"]
         assert [title for *_, title in seen] == ["20 % - run", "60 % - run"]
         assert "block 0" in seen[0][1] and "block 2" in seen[0][1] and ", training" in seen[0][1]
-        page.wait_for_function("document.getElementById('announcement').textContent === 'finished'")
+        until(page, "document.getElementById('announcement').textContent === 'finished'")
         assert page.locator("#losses svg.wide polyline").count() == 3
         assert page.locator("#blocks tbody tr").count() == 3 and page.evaluate("window.loaded") == "once"
-    page.evaluate("clearTimeout(0); refresh()")  # the watch command has ended, the page is still open
-    page.wait_for_function("document.getElementById('announcement').textContent.includes('has ended')")
+    page.evaluate("void refresh()")  # the watch command has ended, the page is still open
+    until(page, "document.getElementById('announcement').textContent.includes('has ended')")
     assert page.locator("#blocks tbody tr").count() == 3
 
 
@@ -97,7 +103,7 @@ def test_nothing_a_run_holds_runs_or_widens_the_page(open_page, tmp_path):
     write_status(run, device="w" * 200)
     with serving(run) as server:
         page = open_page(server.url, PHONE)
-        page.wait_for_function("typeof shown === 'object' && 'usage' in shown")  # the script has filled it anew
+        until(page, "typeof shown === 'object' && 'usage' in shown")  # the script has filled it anew
         assert width(page) == PHONE["width"] and text(page, "h1").startswith("<script>")
         assert page.locator("summary").count() >= 1
         page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
@@ -128,7 +134,7 @@ def test_the_page_is_used_with_the_keyboard(open_page, tmp_path):
     write_report(run)
     with serving(run) as server:
         page = open_page(server.url)
-        page.wait_for_function("typeof shown === 'object' && 'usage' in shown")
+        until(page, "typeof shown === 'object' && 'usage' in shown")
         focused = (
             "(() => { const e = document.activeElement; return e.className || e.getAttribute('href') || e.tagName; })()"
         )
@@ -137,7 +143,7 @@ def test_the_page_is_used_with_the_keyboard(open_page, tmp_path):
         page.keyboard.press("Enter")
         assert page.evaluate("document.activeElement.id") == "main"
         stops = []
-        for _ in range(8):
+        for _ in range(6):
             page.keyboard.press("Tab")
             stops.append(page.evaluate(focused))
             outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
@@ -148,7 +154,7 @@ def test_the_page_is_used_with_the_keyboard(open_page, tmp_path):
         assert page.locator("details").first.evaluate("d => d.open")
         with open(run / "updates.jsonl", "a") as file:
             file.write(row(5, 1, 1.0))
-        page.wait_for_function("document.getElementById('blocks').textContent.includes('5')")
+        until(page, "document.getElementById('blocks').textContent.includes('5')")
         assert page.evaluate(focused) == "SUMMARY"  # what was added elsewhere takes the focus from nobody
         assert page.locator("details").first.evaluate("d => d.open")
 
@@ -158,7 +164,7 @@ def test_what_a_screen_reader_is_told(open_page, tmp_path):
     write_status(run, state="finished")
     with serving(run) as server:
         page = open_page(server.url)
-        page.wait_for_function("typeof shown === 'object' && 'usage' in shown")
+        until(page, "typeof shown === 'object' && 'usage' in shown")
         for role in ("banner", "main", "contentinfo", "status"):
             assert page.get_by_role(role).count() == 1, role
         assert page.get_by_role("heading", level=1).count() == 1

@@ -74,8 +74,8 @@ def format_duration(seconds: float) -> str:
 
 def announcement(run: RunState) -> str:
     """The state in words that change seldom, for those who have the page read to them: tenths of the run."""
-    if run.state == "training" and run.done is not None:
-        return f"training, {percent_in_tens(run.done)} % done"
+    if run.state == "training" and run.done is not None and run.done >= 0.1:
+        return f"training, past {percent_in_tens(run.done)} %"
     return STATES[run.state]
 
 
