@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 from hf_diffusionblocks.report import RunServer
 
 FOLDER = Path(__file__).parent
-VIEWS = {"desktop": ("light", 1100, 880), "phone": ("dark", 360, 760)}
+VIEWS = {"desktop": ("light", 1100, 1120), "phone": ("dark", 360, 760)}
 
 if __name__ == "__main__":
     server = RunServer(Path(sys.argv[1]))

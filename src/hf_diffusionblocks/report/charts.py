@@ -71,7 +71,7 @@ def loss_chart(
         y = float(at(0, value).split(",")[1])
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="{left - 6}" y="{y + 4}" text-anchor="end">{value:.4g}</text>')
-    for value in (v for v in ticks(0, longest, max(2, width // 130)) if v == int(v)):
+    for value in (v for v in ticks(0, longest, max(3, width // 110)) if v == int(v)):
         x = float(at(value, high).split(",")[0])
         parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{value:,.0f}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">updates of the block</text>')
