@@ -41,6 +41,8 @@ def test_text_of_ones_own_is_trained_by_its_path(text_file, tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)  # and nothing else
     assert result["output_dir"] == out and Path(result["model"], "config.json").is_file()
     assert result["figures"]["bits_per_character"] > 0
+    report = Path(result["report"]).read_text()
+    assert "bits per character" in report and "Sampled text" in report and "://" not in report.split("<main")[0]
     assert main(["evaluate", result["model"], "--json", "evaluation.rows=4"]) == 0
     assert json.loads(capsys.readouterr().out)["bits_per_character"] > 0
     assert main(["sample", result["model"], "--prompt", "the ", "--max-new-tokens", "3", "--json"]) == 0

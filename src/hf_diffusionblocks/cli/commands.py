@@ -68,6 +68,7 @@ def _plan(args: argparse.Namespace, say: Say) -> Any:
 
 def _train(args: argparse.Namespace, say: Say) -> Any:
     from .. import jobs
+    from ..run_names import REPORT_NAME
     from ..training.run_files import overwrite_run
 
     recipe = _recipe(args, say)
@@ -91,6 +92,8 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
     model_dir = jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say)
     figures = output / "figures" / "figures.json"
     given = {"output_dir": str(output), "model": str(model_dir)}
+    page = model_dir.parent / REPORT_NAME
+    given["report"] = str(page) if page.is_file() and not args.no_report else None
     known = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() and not args.no_report else None
     if args.block is None:
         say(f"\nnext: {jobs.next_command(recipe, model_dir)}")
@@ -162,6 +165,12 @@ def _push(args: argparse.Namespace, say: Say) -> Any:
     return dataclasses.asdict(push)
 
 
+def _watch(args: argparse.Namespace, say: Say) -> None:
+    from ..report import watch
+
+    watch(Path(args.run), args.port, not args.no_browser, say=say)
+
+
 def _recipes(args: argparse.Namespace, say: Say) -> Any:
     from ..recipes import recipe_names, recipe_path
 
@@ -206,6 +215,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Say], Any]] = {
     "encode": _encode,
     "merge": _merge,
     "push": _push,
+    "watch": _watch,
     "recipes": _recipes,
     "completion": _completion,
 }

@@ -12,6 +12,7 @@ A run is described by a recipe, a YAML preset; any setting can be overridden wit
   diffusionblocks plan digits-dit                        what a step will hold in memory
   diffusionblocks train digits-dit                       train, save, draw and score
   diffusionblocks train digits-dit blocks.num_blocks=2 training.max_steps=500
+  diffusionblocks watch runs/digits-dit                  a live page of the run
   diffusionblocks sample runs/digits-dit/model --classes 3 3 7
   diffusionblocks evaluate runs/digits-dit/model --recipe digits-dit
   diffusionblocks train pydoc-llama                      the same for text
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
         add(commands)
-    for add in (_add_merge, _add_push, _add_recipes, _add_completion):
+    for add in (_add_merge, _add_push, _add_watch, _add_recipes, _add_completion):
         add(commands)
     return parser
 
@@ -233,6 +234,26 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be sent")
+
+
+def _port(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 65536):
+        raise argparse.ArgumentTypeError(f"{text!r} is no port: give a number from 1 to 65535")
+    return int(text)
+
+
+def _add_watch(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "watch",
+        "Show a run as a live page: losses, blocks, samples, time left. Ctrl-C ends the page, not the run.",
+        "  diffusionblocks watch runs/digits-dit                       # before, while or after it trains\n"
+        "  diffusionblocks watch runs/digits-dit --port 8000 --no-browser   # then: ssh -L 8000:127.0.0.1:8000 machine",
+        json=False,
+    )
+    parser.add_argument("run", metavar="RUN", help="the run's directory; it need not be there yet")
+    parser.add_argument("--port", type=_port, metavar="N", help="of the page, on 127.0.0.1; default: a free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
 
 
 def _add_recipes(commands: Any) -> None:

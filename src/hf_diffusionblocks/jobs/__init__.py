@@ -12,7 +12,7 @@ from ..recipes import Recipe
 from ..recipes.families import FAMILIES
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
-from .common import Say, check_model_path, family_of, pick_device, read_recipe_of
+from .common import Say, check_model_path, ends_the_run, family_of, pick_device, read_recipe_of, say_report
 from .images import build_trainer, load_data, sample
 from .masked_text import sample_masked
 from .text import sample_text
@@ -50,7 +50,7 @@ def train(
         blocks: hold and train these only.
         lower: for a block of a cascade, the directory of a model that holds the trained blocks below it.
         resume: go on from the last checkpoint.
-        report: draw and score at the end.
+        report: draw and score at the end, and write a report.
         say: prints.
 
     Returns:
@@ -63,7 +63,10 @@ def train(
         raise ValueError(
             f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
         )
-    return _of(recipe.family).train(recipe, **settings)
+    model_dir = _of(recipe.family).train(recipe, **settings)
+    if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
+        say_report(model_dir.parent, say)
+    return model_dir
 
 
 def next_command(recipe: Recipe, model_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable
 from operator import itemgetter
 from pathlib import Path
@@ -16,15 +17,11 @@ from ..configuration import read_config
 from ..evaluation import format_figures
 from ..merging import merge_run
 from ..recipes.families import FAMILIES
+from ..report import write_report
+from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, UPDATES_NAME, find_jobs
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
-from ..training.run_files import UPDATES_NAME, find_jobs
-
-MODEL_DIR = "model"
-FIGURES_DIR = "figures"
-RECIPE_NAME = "recipe.json"
-FIGURES_NAME = "figures.json"
 
 Say = Callable[[str], None]
 
@@ -71,6 +68,21 @@ def merge_jobs(output: Path, summary: dict[str, Any], say: Say) -> Path | None:
             row["block"]: row["update"] for row in sorted(rows, key=itemgetter("block", "update"))
         }
     return merged
+
+
+def ends_the_run(model_dir: Path, output: Path) -> bool:
+    """Whether this process is the one that reports on a run: the first of a group, or the one that merged its jobs."""
+    if find_jobs(output):
+        return model_dir.parent == output
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say_report(directory: Path, say: Say) -> None:
+    """Write a run's report and print where it is. The model is saved by then: a full disk is said, and no more."""
+    try:
+        say(f"report: {write_report(directory)}")
+    except OSError as error:
+        say(f"no report was written: {error}")
 
 
 def planned(args: DiffusionBlocksTrainingArguments) -> dict[str, Any]:
@@ -169,3 +181,6 @@ def say_where(pictures: Iterable[tuple[str, Path]], model_dir: Path, usage: Iter
         say(f"{what + ':':<32}{path}")
     for line in ("", f"saved model: {model_dir}", "load it:", *(f"    {line}" for line in usage)):
         say(line)
+
+
+__all__ = ["FIGURES_DIR", "FIGURES_NAME", "MODEL_DIR", "RECIPE_NAME"]  # of the run's files, which all families write

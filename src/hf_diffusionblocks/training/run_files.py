@@ -6,11 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ..run_names import EVALUATIONS_NAME, JOB_PREFIX, REPORT_NAME, STATUS_NAME, UPDATES_NAME, find_jobs
 from .checkpoint import find_checkpoints
-
-UPDATES_NAME = "updates.jsonl"
-EVALUATIONS_NAME = "evaluations.jsonl"
-_JOB = "blocks-"
 
 
 def flat_values(values: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +41,8 @@ def set_aside(output_dir: Path) -> None:
     while (folder := output_dir / f"previous-{number}").exists():
         number += 1
     folder.mkdir()
-    for path in earlier:
+    told = [path for name in (STATUS_NAME, REPORT_NAME) if (path := output_dir / name).exists()]
+    for path in [*earlier, *told]:
         os.replace(path, folder / path.name)
 
 
@@ -64,18 +62,13 @@ def overwrite_run(output_dir: Path) -> None:
         )
     for path in [*find_checkpoints(output_dir), *jobs, output_dir / "model", output_dir / "samples"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (UPDATES_NAME, EVALUATIONS_NAME):
+    for name in (UPDATES_NAME, EVALUATIONS_NAME, STATUS_NAME, REPORT_NAME):
         (output_dir / name).unlink(missing_ok=True)
 
 
 def job_directory(output_dir: Path, blocks: list[int]) -> Path:
     """Where a process that owns some of a run's blocks keeps its checkpoints, logs and model."""
-    return output_dir / f"{_JOB}{'-'.join(f'{block:02d}' for block in blocks)}"
-
-
-def find_jobs(output_dir: Path) -> list[Path]:
-    """The directories of the processes of a run."""
-    return sorted(path for path in output_dir.glob(f"{_JOB}[0-9]*") if path.is_dir())
+    return output_dir / f"{JOB_PREFIX}{'-'.join(f'{block:02d}' for block in blocks)}"
 
 
 def check_other_jobs(output_dir: Path, mine: Path, resume: bool) -> None:
@@ -83,9 +76,9 @@ def check_other_jobs(output_dir: Path, mine: Path, resume: bool) -> None:
 
     A model that an earlier run left in this job's directory would pass for this run's.
     """
-    blocks = set(mine.name.removeprefix(_JOB).split("-"))
+    blocks = set(mine.name.removeprefix(JOB_PREFIX).split("-"))
     for other in find_jobs(output_dir):
-        if other != mine and blocks & set(other.name.removeprefix(_JOB).split("-")):
+        if other != mine and blocks & set(other.name.removeprefix(JOB_PREFIX).split("-")):
             raise ValueError(
                 f"{other} holds some of the blocks that this process is to train: an earlier run had another number of "
                 "processes. Use as many as it had, another output_dir, or --overwrite to start anew."

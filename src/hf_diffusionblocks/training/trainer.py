@@ -34,6 +34,7 @@ from .run_files import (
     set_aside,
     truncate_log,
 )
+from .run_status import RunStatus
 from .stopping import StopRequest
 from .update_log import NonFiniteLossError, append_rows, block_means, last_losses, read_rows
 
@@ -141,7 +142,8 @@ class DiffusionBlocksTrainer:
         self.control = TrainerControl()
         self.state = TrainerState(max_steps=len(self.schedule), is_world_process_zero=True)
         self.state.logging_steps, self.state.save_steps = args.logging_steps, args.save_steps
-        self.callbacks = list(callbacks or [])
+        self.status = RunStatus()
+        self.callbacks = [self.status, *(callbacks or [])]
         self._pending: list[dict[str, Any]] = []
         self._stop = StopRequest()
         self.training_seconds = 0.0
@@ -210,17 +212,15 @@ class DiffusionBlocksTrainer:
                     break
         self._flush()
         self.training_seconds += time.perf_counter() - start
-        finished = self.iteration == len(self.schedule)
         mark_trained(self.model, self.trainers, self.num_updates)
         saved = find_checkpoints(self.output_dir)
         if self.group.any(not saved or saved[-1].name != self._name)[0]:
             self._save_checkpoint()
         if self._stop.by is not None:
-            where = self.output_dir / self._name
-            raise KeyboardInterrupt(
-                f"stopped by {self._stop.take()} after iteration {self.iteration}; saved in {where}"
-            )
-        if finished and self.eval_dataset is not None and self._can_evaluate:
+            self.status.on_stop(self)
+            stopped = f"stopped by {self._stop.take()} after iteration {self.iteration}"
+            raise KeyboardInterrupt(f"{stopped}; saved in {self.output_dir / self._name}")
+        if self.iteration == len(self.schedule) and self.eval_dataset is not None and self._can_evaluate:
             self.evaluate()
         self._notify("on_train_end")
         if self.args.report_to:
