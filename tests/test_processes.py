@@ -234,7 +234,7 @@ def test_accelerate_launches_a_process_per_block_by_the_config_that_comes_with_t
     assert BlockedDiTModel.from_pretrained(output / "model").resident_blocks == (0, 1, 2)
     figures = json.loads((output / "figures" / "figures.json").read_text())
     assert figures["updates_per_block"] == {"0": 3, "1": 3, "2": 3} and figures["num_samples"] == 20
-    assert said.count("all blocks are trained; merged in") == 1
+    assert said.count("all blocks are trained; merged in") == said.count(f"report: {output / 'report.html'}") == 1
     assert said.count("not merged yet") + said.count("another process merged") == 2
     assert {row["block"] for row in updates(output)} == {0, 1, 2}
 
