@@ -44,9 +44,12 @@ class RunStatus(TrainerCallback):
         self.written = time.time()
         path = Path(trainer.output_dir) / STATUS_NAME
         temporary = path.with_suffix(".tmp")
-        with contextlib.suppress(OSError):
+        try:
             temporary.write_text(json.dumps(self.values(trainer, state), indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def values(self, trainer: Any, state: str) -> dict[str, Any]:
         """What the file holds."""
