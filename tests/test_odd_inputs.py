@@ -330,3 +330,9 @@ def test_a_job_without_the_blocks_right_below_it_says_which_to_train(tmp_path, c
     lower = str(tmp_path / "0" / "model")
     error = said(capsys, [*run, "--block", "2", "--lower", lower, "--output-dir", tmp_path / "2"])
     assert f"--lower {lower} does not give block 1, which block 2 reads" in error and "Train --block 1 first" in error
+
+
+@pytest.mark.parametrize("name, value", [("train_shared", True), ("residency", False), ("lower_outputs", True)])
+def test_choices_that_yaml_reads_as_yes_or_no_name_what_is_allowed(name, value, tmp_path):
+    with pytest.raises(ValueError, match=f"unknown {name} '{value}': Allowed: "):
+        DiffusionBlocksTrainingArguments(tmp_path, **{name: value})

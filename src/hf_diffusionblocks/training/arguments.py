@@ -140,6 +140,13 @@ class DiffusionBlocksTrainingArguments:
             self.mixed_precision = "no"
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to in ("none", "") else [self.report_to]
+        for name, allowed in (
+            ("train_shared", TRAIN_SHARED),
+            ("lower_outputs", LOWER_OUTPUTS),
+            ("residency", RESIDENCIES),
+        ):
+            if isinstance(getattr(self, name), bool):  # YAML reads no and yes so
+                raise ValueError(unknown_name(name, getattr(self, name), allowed))
         settle(self)
         if not str(self.output_dir):
             raise ValueError("output_dir is empty: give a directory; '.' is the current one.")
