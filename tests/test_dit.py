@@ -226,7 +226,7 @@ def test_a_converted_model_survives_its_files(tmp_path):
     [
         (torch.nn.Linear(2, 2), {}, "Linear cannot be cut by BlockedDiTModel: give a diffusers DiTTransformer2DModel"),
         (None, {}, "NoneType cannot be cut"),
-        ("/nowhere/dit", {}, "/nowhere/dit is not a directory"),
+        ("/nowhere/dit", {}, "there is no directory /nowhere/dit"),
         (base_dit(), {"num_blocks": 5}, "num_blocks=5 is more than the 4 layers"),
         (base_dit(), {"num_blocks": 0}, "num_blocks=0 must be a whole number"),
         (base_dit(), {"num_blocks": 2, "layers_per_block": [4]}, "must name 2 numbers that sum to"),

@@ -300,7 +300,13 @@ def test_the_page_follows_the_run(tmp_path):
 
 def test_the_command_serves_until_it_is_interrupted(tmp_path):
     command = [sys.executable, "-m", "hf_diffusionblocks", "watch", str(tmp_path / "run"), "--no-browser"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs of a shell ignore it
+    )
     try:
         url = re.search(r"http://127\.0\.0\.1:(\d+)/", process.stdout.readline())
         connection = http.client.HTTPConnection("127.0.0.1", int(url.group(1)), timeout=10)

@@ -476,7 +476,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_says_what_to_do(tmp_path,
     monkeypatch.setattr("hf_diffusionblocks.training.trainer.write_checkpoint", full_at_second)
     with pytest.raises(OSError, match=r"cannot write .*checkpoint-6: .*Earlier checkpoints are untouched"):
         trainer.train()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "updates.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-3", "status.json", "updates.jsonl"]
     monkeypatch.undo()
     make_trainer(tmp_path, save_steps=3).train(resume_from_checkpoint=True)
     make_trainer(tmp_path / "whole", save_steps=3).train()

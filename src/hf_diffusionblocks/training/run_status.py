@@ -21,10 +21,12 @@ class RunStatus(TrainerCallback):
     """
 
     def __init__(self) -> None:
-        self.begun, self.first, self.written = time.time(), 0, 0.0
+        self.begun, self.first, self.written, self.over = time.time(), 0, 0.0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, trainer: Any, **kwargs: Any) -> None:
         self.begun, self.first = time.time(), trainer.iteration
+        nothing_to_do = trainer.iteration == len(trainer.schedule)
+        self.over = nothing_to_do and (Path(trainer.output_dir) / STATUS_NAME).is_file()
         self._write(trainer, "training")
 
     def on_log(self, args: Any, state: Any, control: Any, *, trainer: Any, **kwargs: Any) -> None:
@@ -39,7 +41,7 @@ class RunStatus(TrainerCallback):
         self._write(trainer, "finished" if trainer.iteration == len(trainer.schedule) else "stopped")
 
     def _write(self, trainer: Any, state: str) -> None:
-        if not trainer.group.is_leader:
+        if not trainer.group.is_leader or self.over:  # a finished run stays as it is
             return
         self.written = time.time()
         path = Path(trainer.output_dir) / STATUS_NAME
