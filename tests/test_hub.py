@@ -19,7 +19,7 @@ def test_card_round_trips_with_metadata_and_figures(tmp_path):
     )
     path = write_model_card(tmp_path, card)
     loaded = ModelCard.load(path)
-    assert loaded.data.library_name == "hf-diffusionblocks"
+    assert loaded.data.to_dict()["library_name"] == "hf-diffusionblocks"
     assert loaded.data.datasets == ["uoft-cs/cifar10"]
     assert loaded.data.eval_results[0].metric_value == 0.25
     assert [r.metric_type for r in loaded.data.eval_results] == ["held_out_loss"]

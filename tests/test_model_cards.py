@@ -15,7 +15,7 @@ def test_there_is_the_demos_card():
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_a_card_parses_and_has_what_the_library_writes(path):
     card = ModelCard.load(path)
-    assert card.data.library_name and card.data.tags and card.data.license is None
+    assert card.data.to_dict()["library_name"] and card.data.tags and card.data.license is None
     text = path.read_text(encoding="utf-8")
     for heading in ("## Blocks", "## How to load", "## Training"):
         assert heading in text
