@@ -289,6 +289,7 @@ def main() -> None:
     parser.add_argument("command", choices=("run", "align", "memory", "table", "plot"))
     parser.add_argument("--arms", nargs="*", default=list(ARMS))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0])
+    parser.add_argument("--updates", type=int, help="table: only arms of so many updates per layer, against full's")
     parser.add_argument("--every", action="store_true", help="table: every learning rate, not the best of each way")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -304,7 +305,7 @@ def main() -> None:
         lines = path.read_text().splitlines() if path.is_file() else []
         probes = {row["probe"]: row for row in map(json.loads, lines)}
         if args.command == "table":
-            print(table(read(), ARMS, probes, every=args.every))
+            print(table(read(), ARMS, probes, every=args.every, updates=args.updates))
         else:
             plot(read(), ARMS, probes, HERE.parent / "docs" / "figures" / "smollm2.png")
 

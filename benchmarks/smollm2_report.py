@@ -77,19 +77,24 @@ def _paired(mine: list[dict], other: dict[int, dict], text: str) -> tuple[float,
     return statistics.mean(each), statistics.stdev(each) / len(each) ** 0.5
 
 
-def table(rows: list[dict], arms: dict[str, Any], probes: dict[str, dict], every: bool = False) -> str:
-    """Markdown: the best learning rate of each method, or with ``every`` all arms."""
+def table(
+    rows: list[dict], arms: dict[str, Any], probes: dict[str, dict], every: bool = False, updates: int | None = None
+) -> str:
+    """Markdown: the best learning rate of each method, or with ``every`` all arms; of ``updates`` per layer only."""
     rows = [row for row in rows if row["arm"] in arms]
+    if updates is not None:
+        rows = [row for row in rows if row["arm"] == "base" or row["updates_per_layer"] == updates]
     chosen = best(rows)
     names = list(dict.fromkeys(row["arm"] for row in rows)) if every else list(chosen.values())
     names.sort(key=lambda n: list(arms).index(n))
-    reference = {row["seed"]: row for row in rows if row["arm"] == chosen.get(REFERENCE)}
+    full = next((name for key, name in chosen.items() if key.startswith(REFERENCE)), None)
+    reference = {row["seed"]: row for row in rows if row["arm"] == full}
     base = {
         row["seed"]: row
         for row in rows
         for row in [next(r for r in rows if r["arm"] == "base") | {"seed": row["seed"]}]
     }
-    whole = costs(chosen[REFERENCE], arms[chosen[REFERENCE]], probes) if REFERENCE in chosen else None
+    whole = costs(full, arms[full], probes) if full else None
     lines = [
         "| way | seeds | Austen, bits per character | perplexity per token | nats minus full (paired) | "
         "pydoc, nats minus base | held, MB | held / full | streamed / full | FLOPs / full | CPU s |",
