@@ -271,12 +271,18 @@ def run_job(study: str, arm: str, seed: int) -> dict:
     else:
         score = accuracy(model, test, seed=seed)
     scoring = time.process_time() - start
+    by_steps = {}
+    if blocked and model.config.two_stream:  # the label is denoised
+        for steps in (1, 2, 4, 8):
+            found, labels = predict(model, test, num_inference_steps=steps)
+            by_steps[steps] = float((found.argmax(-1) == labels).double().mean())
     process, job = _memory(trainer)
     return {
         "study": study,
         "arm": arm,
         "seed": seed,
         "accuracy": score,
+        **({"accuracy_by_steps": by_steps} if by_steps else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": epochs,
         "updates": trainer.num_updates,
