@@ -11,6 +11,7 @@ ROOT = Path(hf_diffusionblocks.__file__).parent
 ORDER = [
     "auto_classes",
     "suggest",
+    "strict_json",
     "batches",
     "masking",
     "noise",

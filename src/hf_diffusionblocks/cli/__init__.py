@@ -1,10 +1,10 @@
 """The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 
+from ..strict_json import known, to_json
 from .parser import build_parser, parse
 
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result = run(args)
         if getattr(args, "json", False):
-            print(json.dumps(result, indent=2, default=str))
+            print(to_json(known(result), indent=2, default=str))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes at exit

@@ -11,7 +11,6 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from .. import serialization
 from ..baselines.end_to_end import resolve_method
-from ..compute import training_flops
 from ..data import ImageDataset
 from ..evaluation import format_figures, score_classifier
 from ..families.base_loading import hub_settings
@@ -39,6 +38,7 @@ from .common import (
     say_where,
     trainer_says,
 )
+from .image_advice import image_advice
 from .image_pieces import load_data
 
 
@@ -47,28 +47,12 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     recipe = resolve_method(recipe)
     config, args = recipe.config(), recipe.training_arguments()
     table = plan_memory(config, **planned(args))
-    cost = training_flops(
-        config, batch_size=args.per_device_train_batch_size, gradient_checkpointing=args.gradient_checkpointing
-    )
+    lines, advised = image_advice(recipe, config, args)
     with torch.device("meta"):
         model = BlockedForImageClassification(config)
-    for line in (
-        format_block_parameters(model),
-        "",
-        str(table),
-        "",
-        "compute: FLOPs of an update of each block; ratio to an end-to-end update of all layers",
-        str(cost),
-        f"A run of blocks costs {cost.ratio:.2f} times the end-to-end run of as many updates.",
-    ):
+    for line in (format_block_parameters(model), "", str(table), "", *lines):
         say(line)
-    compute = {
-        "flops_per_update_of_every_block": cost.flops,
-        "flops_per_end_to_end_update": cost.end_to_end,
-        "compute_ratio": cost.ratio,
-        "flops_per_block": [block.flops for block in cost.blocks],
-    }
-    return table.to_dict() | {"compute": compute}
+    return table.to_dict() | advised
 
 
 def build_trainer(
@@ -191,7 +175,7 @@ def write_report(
     args = recipe.training_arguments()
     figures = score_classifier(model, test_data, recipe.sampling, recipe.evaluation, seed=args.seed)
     figures |= {"training_seconds": summary["training_seconds"], "updates_per_block": summary["updates_per_block"]}
-    serialization.write_json(folder / FIGURES_NAME, figures)
+    serialization.write_figures(folder / FIGURES_NAME, figures)
     table = plan_memory(model.config, **planned(args), alternatives=False)
     pictures = [
         ("losses", plots.plot_losses(output, folder / "losses.png", "nats per image", "whole model")),

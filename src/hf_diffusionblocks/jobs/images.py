@@ -34,6 +34,7 @@ from .common import (
     say_where,
     trainer_says,
 )
+from .image_advice import image_advice
 from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_source, load_data, load_vae
 
 
@@ -50,7 +51,10 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     say(format_block_parameters(model))
     say("")
     say(str(table))
-    return table.to_dict()
+    lines, advised = image_advice(recipe, config, args)
+    for line in ("", *lines):
+        say(line)
+    return table.to_dict() | advised
 
 
 def train(
@@ -163,7 +167,7 @@ def write_report(
         model, recipe, train_data, test_data, cache_dir=output / "cache", seed=args.seed, vae=vae, progress=True
     )
     figures |= {"training_seconds": summary["training_seconds"], "updates_per_block": summary["updates_per_block"]}
-    serialization.write_json(folder / FIGURES_NAME, figures)
+    serialization.write_figures(folder / FIGURES_NAME, figures)
     _write_card(model, recipe, output / MODEL_DIR, figures)
     say("")
     say(str(memory))

@@ -135,7 +135,7 @@ def write_report(
     args = recipe.training_arguments()
     figures = score_text(model, test_data, tokenizer, recipe.evaluation, seed=args.seed)
     figures |= {"training_seconds": summary["training_seconds"], "updates_per_block": summary["updates_per_block"]}
-    serialization.write_json(folder / FIGURES_NAME, figures)
+    serialization.write_figures(folder / FIGURES_NAME, figures)
     samples = [
         (prompt, generate_text(model, tokenizer, prompt, recipe.sampling, seed=args.seed + i))
         for i, prompt in enumerate(recipe.sampling.prompts)

@@ -20,6 +20,7 @@ from .. import serialization
 from ..agreement import SAME_MODEL, first_difference
 from ..retrying import Retries, in_one_line, why_unreachable
 from ..serialization import INDEX_NAME, SHARED_NAME, block_file
+from ..strict_json import to_json
 from .block_table import CARD_NAME, LIBRARY_NAME, complete_card
 
 _WEIGHT_FILE = re.compile(r"shared\.safetensors|block-\d{2,}\.safetensors")
@@ -357,7 +358,7 @@ def _merged_index(local: LocalModel, remote: RemoteModel) -> dict[str, Any]:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    return to_json(value, indent=2, sort_keys=True) + "\n"
 
 
 def _operation(name: str, content: bytes | Path | None) -> CommitOperationAdd | CommitOperationDelete:
