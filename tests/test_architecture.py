@@ -12,6 +12,8 @@ ORDER = [
     "auto_classes",
     "suggest",
     "strict_json",
+    "base_names",
+    "units",
     "batches",
     "masking",
     "noise",

@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from ..strict_json import known, to_json
 from .parser import build_parser, parse
 
+_AFTER_CTRL_C = {
+    "train": "Run the same command again to go on.",
+    "sample": "What was drawn is kept. Run the same command again for all of it: it draws the same samples.",
+    "evaluate": "The model is as it was; feature networks and statistics that were made are kept in its cache. Run the "
+    "same command again for the figures.",
+    "merge": "Nothing half written stays. Run the same command again.",
+    "convert": "Nothing half written stays. Run the same command again.",
+    "push": "Commits arrive whole or not at all. Run the same command again to go on.",
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code.
@@ -25,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes at exit
     except KeyboardInterrupt as error:
         print(f"\ninterrupted. {error or ''}".rstrip(), file=sys.stderr)
-        print("Run the same command again to go on.", file=sys.stderr)
+        print(_AFTER_CTRL_C.get(args.command, "Run the same command again."), file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:

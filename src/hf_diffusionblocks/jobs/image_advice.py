@@ -1,8 +1,8 @@
 """Whether blocks pay, for images: what ``diffusionblocks plan`` says of DiT and ViT models.
 
-As for text (``advice``), the rival is the network that needs the memory of one block and trains for the same compute. How
-far it is from saturated is measured by the patches that it reads per parameter of its layers. What was measured stands
-in ``MEASURED``, with the study that it is from; nothing is said beyond it.
+As for text (``advice``), the rival is the network that needs the memory of one block and trains for the same compute.
+How far it is from saturated is measured by the patches that it reads per parameter of its layers. What was measured
+stands in ``MEASURED``, with the study that it is from; nothing is said beyond it.
 """
 
 from dataclasses import dataclass
@@ -137,8 +137,8 @@ def _advice(recipe: Recipe, config: DiffusionBlocksConfig, small: SmallModel | N
         )
     measured = None if getattr(config, "columns", None) else MEASURED.get(recipe.family)
     return (
-        f"Do blocks pay here? In the memory of one block, a network of {small.layers} layers can be trained end to end, "
-        f"and for the compute of the blocks it gets {small.updates:.2f} times their updates. "
+        f"Do blocks pay here? In the memory of one block, a network of {small.layers} layers can be trained end to "
+        f"end, and for the compute of the blocks it gets {small.updates:.2f} times their updates. "
         f"{_verdict(small, measured)} Where all {config.num_layers} layers fit in memory, train them whole."
     )
 

@@ -36,6 +36,7 @@ from .common import (
 )
 from .image_advice import image_advice
 from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_source, load_data, load_vae
+from .sample_files import write_samples
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
@@ -279,20 +280,13 @@ def sample(
         class_labels = list(range(min(10, pipe.model.config.num_classes)))
     labels = torch.tensor(class_labels).repeat_interleave(per_class)
     pipe.model.check_input(torch.empty(len(labels), *pipe.sample_shape), class_labels=labels)
-    images = sample_images(
-        pipe,
-        labels,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        solver=solver,
-        grid=grid,
-        seed=seed,
-        progress=True,
-    )
-    paths = []
-    for i, picture in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
-        paths.append(folder / f"{i:05d}-class-{int(labels[i])}.png")
-        picture.save(paths[-1])
+    walk = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "solver": solver,
+        "grid": grid,
+    }
+    images, paths = write_samples(pipe, labels, folder, torch.Generator().manual_seed(seed), **walk)
     grid_path = plots.save_sample_grid(images, labels, folder / "grid.png", names)
     say(f"{len(paths)} images in {folder}; together in {grid_path}")
     return paths

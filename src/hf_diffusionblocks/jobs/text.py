@@ -208,9 +208,11 @@ def _write_card(model: BlockedForCausalLM, recipe: Recipe, model_dir: Path, figu
     write_model_card(model_dir, card)
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForCausalLM
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained language model into blocks and save it with its tokenizer."""
-    return convert_text(BlockedForCausalLM, _parts, base, output_dir, settings, say)
+    return convert_text(kind, _parts, base, output_dir, settings, say)
 
 
 def sample_text(
