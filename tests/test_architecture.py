@@ -11,6 +11,9 @@ ROOT = Path(hf_diffusionblocks.__file__).parent
 ORDER = [
     "auto_classes",
     "suggest",
+    "strict_json",
+    "base_names",
+    "units",
     "batches",
     "masking",
     "noise",

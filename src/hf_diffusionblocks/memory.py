@@ -26,6 +26,7 @@ from .modeling import BlockedPreTrainedModel
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS, OPTIMIZERS
 from .training.block_trainer import Objective
+from .training.optimizers import check_optimizer
 
 END_TO_END, BLOCKED, ALL_BLOCKS = "end to end", "blocked", "blocked, all blocks in one process"
 CHECKPOINTING = ", checkpointing"
@@ -145,6 +146,7 @@ def plan_memory(
     mixed_precision: str = "no",
     use_ema: bool = True,
     optim: str = "adamw_torch_fused",
+    optim_args: Mapping[str, Any] | None = None,
     gradient_release: bool = False,
     alternatives: bool = True,
     objective: Objective | None = None,
@@ -162,6 +164,7 @@ def plan_memory(
         mixed_precision: ``no`` or ``bf16``, for autocast.
         use_ema: keep a moving average of the weights.
         optim: the optimizer, as in the training arguments.
+        optim_args: its further settings, as there; those of other methods keep their defaults.
         gradient_release: update each parameter as its gradient arrives, and free that at once.
         alternatives: add what other methods hold (``memory_alternatives``).
         objective: as in ``DiffusionBlocksTrainer``; without a teacher, whose weights would come on top.
@@ -189,6 +192,7 @@ def plan_memory(
         raise ValueError(unknown_name("mixed_precision", mixed_precision, MIXED_PRECISIONS))
     if optim not in OPTIMIZERS:
         raise ValueError(unknown_name("optim", optim, OPTIMIZERS))
+    check_optimizer(optim, optim_args or {})
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"dtype={dtype!r} must be a floating point torch.dtype, such as torch.float32.")
     given = model_or_config.config if isinstance(model_or_config, BlockedPreTrainedModel) else model_or_config
@@ -212,7 +216,12 @@ def plan_memory(
     for method in (END_TO_END, BLOCKED, ALL_BLOCKS):
         for suffix in ("", CHECKPOINTING):
             for _, model, held, block in (way for way in ways if way[0] == method):
-                state = {"use_ema": use_ema, "optim": optim, "release": gradient_release}
+                state = {
+                    "use_ema": use_ema,
+                    "optim": optim,
+                    "optim_args": optim_args or {},
+                    "release": gradient_release,
+                }
                 use = step.predict(model, held, checkpointing=bool(suffix), **state)
                 rows.append(
                     MemoryRow(
@@ -238,6 +247,7 @@ def plan_memory(
         "mixed_precision": mixed_precision,
         "use_ema": use_ema,
         "optim": optim,
+        **({"optim_args": dict(optim_args)} if optim_args else {}),
         "gradient_release": gradient_release,
         "device": device.type,
         **batch_settings,
