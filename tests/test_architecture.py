@@ -54,6 +54,7 @@ ORDER = [
     "baselines",
     "evaluation",
     "jobs",
+    "paper_tables",
     "cli",
 ]
 
