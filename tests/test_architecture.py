@@ -18,6 +18,7 @@ ORDER = [
     "preconditioning",
     "conditioning",
     "losses",
+    "augmentation",
     "agreement",
     "config_checks",
     "configuration",
