@@ -4,6 +4,7 @@
     python benchmarks/classification_rivals.py run fashion --seeds 0
     python benchmarks/classification_rivals.py run fashion-vit   # 12 layers in 3 blocks, with the smaller network
     python benchmarks/classification_rivals.py run cifar10       # NoProp's network; needs the parquet files, see below
+    python benchmarks/classification_rivals.py run cifar100      # the papers' sizes; from the Hub, for a GPU
     python benchmarks/classification_rivals.py table digits      # markdown
 
 Two networks. NoProp's CNN (arXiv 2503.24322): backpropagation through T of its blocks, NoProp in three forms, and
@@ -55,6 +56,8 @@ class Study:
     warmup: int = 20
     loading: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, int | None] = field(default_factory=lambda: {"train": None, "test": None})
+    num_classes: int = 10
+    accelerated: bool = False  # on a GPU, if there is one; the others are compared by their CPU time
 
 
 STUDIES = {
@@ -89,6 +92,21 @@ STUDIES = {
         loading={"image_size": 16},
         samples={"train": 3000, "test": 2000},
     ),
+    # The networks of the two papers (arXiv 2503.24322; 2506.14202: 12 layers, width 128, 500 epochs), all images.
+    "cifar100": Study(
+        data="uoft-cs/cifar100",
+        cnn={"image_size": 32, "channels": 3},
+        epochs=150,
+        vit={"image_size": 32, "patch_size": 4, "num_channels": 3, "hidden_size": 128, "num_hidden_layers": 12}
+        | {"intermediate_size": 512, "hidden_dropout_prob": 0.1},
+        vit_epochs=500,
+        vit_blocks=3,
+        batch=128,
+        learning_rate=1e-3,
+        loading={"image_column": "img", "label_column": "fine_label"},
+        num_classes=100,
+        accelerated=True,
+    ),
 }
 
 
@@ -117,7 +135,7 @@ def _cnn(name: str, **settings: Any) -> Callable[[Study], Any]:
         from hf_diffusionblocks.baselines.noprop_network import CNNConfig
 
         kind = getattr(noprop, name, None) or getattr(blocked_cnn, name)
-        return kind(CNNConfig(num_classes=10, **study.cnn), **settings)
+        return kind(CNNConfig(num_classes=study.num_classes, **study.cnn), **settings)
 
     return make
 
@@ -125,8 +143,8 @@ def _cnn(name: str, **settings: Any) -> Callable[[Study], Any]:
 def _vit_config(study: Study, **settings: Any) -> Any:
     from transformers import ViTConfig
 
-    common = {"num_channels": 1, "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "num_labels": 10}
-    return ViTConfig(**common, **study.vit, **settings)
+    common = {"num_channels": 1, "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "num_labels": study.num_classes}
+    return ViTConfig(**(common | study.vit | settings))
 
 
 def _backprop_vit(study: Study, checkpointing: bool = False, shallow: bool = False) -> Any:
@@ -161,7 +179,7 @@ def _shallow_factor(study: Study) -> float:
 def _forward_forward(study: Study, objective: str) -> Any:
     from hf_diffusionblocks.baselines.forward_forward import ForwardForwardViT
 
-    return ForwardForwardViT(_vit_config(study, initializer_range=0.1), 10, objective)
+    return ForwardForwardViT(_vit_config(study, initializer_range=0.1), study.num_classes, objective)
 
 
 def _blocked_vit(study: Study, **settings: Any) -> Any:
@@ -241,7 +259,8 @@ def run_job(study: str, arm: str, seed: int) -> dict:
     settings, one = STUDIES[study], arms_of(study)[arm]
     train, test = load(study, "train"), load(study, "test")
     torch.manual_seed(seed)
-    model = one.make(settings)
+    accelerator = torch.accelerator.current_accelerator(check_available=True) if settings.accelerated else None
+    model = one.make(settings).to(accelerator or "cpu")
     epochs = epochs_of(settings, arm)
     args = DiffusionBlocksTrainingArguments(
         output_dir=tempfile.mkdtemp(),
@@ -253,12 +272,13 @@ def run_job(study: str, arm: str, seed: int) -> dict:
         warmup_steps=settings.warmup,
         seed=seed,
         use_ema=False,
-        cpu=True,
+        cpu=accelerator is None,
         save_steps=0,
         logging_steps=10**6,
         disable_tqdm=True,
         **one.training,
     )
+    machine = f"{platform.processor() or platform.machine()}, 1 thread" + (f", {accelerator}" if accelerator else "")
     blocked = not isinstance(model, LocalClassifier)
     trainer = (DiffusionBlocksTrainer if blocked else LocalTrainer)(model, args, train)
     start = time.process_time()
@@ -293,7 +313,7 @@ def run_job(study: str, arm: str, seed: int) -> dict:
         "memory": process,
         "memory_of_a_job": job,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, 1 thread",
+        "machine": machine,
     }
 
 
