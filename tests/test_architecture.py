@@ -50,6 +50,7 @@ ORDER = [
     "figures",
     "plots",
     "report",
+    "demo",
     "recipes",
     "baselines",
     "evaluation",
