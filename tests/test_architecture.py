@@ -15,6 +15,9 @@ ROOT = Path(hf_diffusionblocks.__file__).parent
 ORDER = [
     "auto_classes",
     "suggest",
+    "strict_json",
+    "base_names",
+    "units",
     "batches",
     "masking",
     "noise",
@@ -23,6 +26,7 @@ ORDER = [
     "preconditioning",
     "conditioning",
     "losses",
+    "augmentation",
     "agreement",
     "config_checks",
     "configuration",
@@ -60,6 +64,7 @@ ORDER = [
     "baselines",
     "evaluation",
     "jobs",
+    "paper_tables",
     "cli",
 ]
 

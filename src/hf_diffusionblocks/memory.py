@@ -26,6 +26,7 @@ from .modeling import BlockedPreTrainedModel
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS, OPTIMIZERS
 from .training.block_trainer import Objective
+from .training.optimizers import check_optimizer
 
 END_TO_END, BLOCKED, ALL_BLOCKS = "end to end", "blocked", "blocked, all blocks in one process"
 CHECKPOINTING = ", checkpointing"
@@ -145,6 +146,7 @@ def plan_memory(
     mixed_precision: str = "no",
     use_ema: bool = True,
     optim: str = "adamw_torch_fused",
+    optim_args: Mapping[str, Any] | None = None,
     gradient_release: bool = False,
     alternatives: bool = True,
     objective: Objective | None = None,
@@ -162,6 +164,7 @@ def plan_memory(
         mixed_precision: ``no`` or ``bf16``, for autocast.
         use_ema: keep a moving average of the weights.
         optim: the optimizer, as in the training arguments.
+        optim_args: its further settings, as there; those of other methods keep their defaults.
         gradient_release: update each parameter as its gradient arrives, and free that at once.
         alternatives: add what other methods hold (``memory_alternatives``).
         objective: as in ``DiffusionBlocksTrainer``; without a teacher, whose weights would come on top.
@@ -184,6 +187,7 @@ def plan_memory(
         0.34
     """
     _check_settings(batch_size, dtype, mixed_precision, optim)
+    check_optimizer(optim, optim_args or {})
     given = model_or_config.config if isinstance(model_or_config, BlockedPreTrainedModel) else model_or_config
     if isinstance(given, (str, os.PathLike, Mapping)):
         given = blocked_config_of(given, num_blocks)
@@ -198,7 +202,7 @@ def plan_memory(
     plain = end_to_end_config(config)
     step = FakeStep(make, batch_size, dtype, mixed_precision, objective, device, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
-    state = {"use_ema": use_ema, "optim": optim, "release": gradient_release}
+    state = {"use_ema": use_ema, "optim": optim, "optim_args": optim_args or {}, "release": gradient_release}
     rows = _predicted_rows(step, end_to_end, blocked, state)
     others = None
     if alternatives:
@@ -214,6 +218,7 @@ def plan_memory(
         "mixed_precision": mixed_precision,
         "use_ema": use_ema,
         "optim": optim,
+        **({"optim_args": dict(optim_args)} if optim_args else {}),
         "gradient_release": gradient_release,
         "device": device.type,
         **batch_settings,

@@ -25,6 +25,7 @@ from .config_checks import check_model_type
 from .configuration import DiffusionBlocksConfig
 from .repository.saved_model import SavedModel
 from .serialization import INDEX_NAME, SHARED_NAME, block_file
+from .units import human_bytes
 from .weight_headers import check_shapes, payload_bytes
 
 try:
@@ -56,6 +57,7 @@ def merge_blocks(
     output_dir: str | os.PathLike,
     *,
     wait: float | int = 0,
+    dry_run: bool = False,
     say: Say = lambda line: None,
 ) -> Path:
     """Make one checkpoint of all blocks out of directories that hold some each.
@@ -69,6 +71,7 @@ def merge_blocks(
             the ``model`` in it.
         output_dir: a new or empty directory.
         wait: seconds to wait for directories or blocks that are not there yet.
+        dry_run: check everything, say what would be written, and write nothing.
         say: gets a line for each block, and for what is waited for.
 
     Returns:
@@ -100,6 +103,11 @@ def merge_blocks(
     companions = _companions(parts)
     for block, part in sorted(owners.items()):
         say(f"block {block}: {part.directory} (sha256 {part.digest(block_file(block))[:12]})")
+    if dry_run:
+        files = [part.directory / name for name, part in sources.items()] + list(companions.values())
+        size = human_bytes(sum(path.stat().st_size for path in files))
+        say(f"dry run: would write {len(files)} files of {size} to {target}; nothing was written.")
+        return target
 
     staging = target.with_name(f".{target.name}.merging")
     shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed

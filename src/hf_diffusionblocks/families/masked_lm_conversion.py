@@ -26,10 +26,14 @@ def find_base(name: str | os.PathLike, **loading: Any) -> PreTrainedModel:
 
 
 def mask_token_of(name: str | os.PathLike, loading: Mapping[str, Any]) -> int | None:
-    """Id of the mask token of the tokenizer beside a base; None if there is no tokenizer or it has none."""
+    """Id of the mask token of the tokenizer beside a base; None if there is no tokenizer or it has none.
+
+    Where there are no files of a tokenizer, transformers makes one of special tokens alone: that is none.
+    """
     hub = {k: v for k, v in loading.items() if k != "dtype"}
     try:
-        return AutoTokenizer.from_pretrained(name, **hub).mask_token_id
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        return tokenizer.mask_token_id if len(tokenizer) > len(tokenizer.all_special_ids) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -12,8 +12,18 @@ from ..recipes import Recipe
 from ..recipes.families import FAMILIES
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
+from .bases import family_for, preview, refusals_name_the_families
 from .classification import ClassifierRun
-from .common import Say, check_model_path, ends_the_run, family_of, pick_device, read_recipe_of, say_report
+from .common import (
+    Say,
+    check_model_path,
+    ends_the_run,
+    family_of,
+    new_directory,
+    pick_device,
+    read_recipe_of,
+    say_report,
+)
 from .images import ImageRun, build_trainer, load_data, sample
 from .masked_text import MaskedTextRun, sample_masked
 from .run import Run
@@ -98,16 +108,38 @@ def evaluate(
     return _of(recipe.family).evaluate(model_dir, recipe, output, seed, say)
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
-    """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
+def convert(
+    base: str,
+    output_dir: str,
+    settings: dict[str, Any],
+    say: Say = print,
+    *,
+    family: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """``diffusionblocks convert``: cut a pretrained model into blocks and save it; returns what ``--json`` prints.
+
+    Args:
+        base: directory or Hub id of a pretrained model.
+        output_dir: a new directory.
+        settings: fields of the blocked model's config, and how to load the base.
+        say: prints.
+        family: where the base may be cut in more than one way, as a decoder into a recurrent core.
+        dry_run: say what would be written, and load no weight.
+    """
     if (base.startswith((".", "/", "~")) or base.count("/") > 1) and not Path(base).is_dir():
         raise ValueError(f"there is no directory {base}: give a pretrained model's directory or its id on the Hub.")
-    family = family_of(base, **hub_settings(settings))
+    family = family_for(base, family, **hub_settings(settings))
     allowed = FAMILIES[family].block_fields | {*LOADING}
     for name in settings:
         if name not in allowed:
             raise ValueError(unknown_name("setting", name, allowed))
-    return _of(family).convert(base, output_dir, settings, say)
+    new_directory(output_dir)
+    with refusals_name_the_families():
+        if dry_run:
+            return preview(base, output_dir, family, settings, say)
+        kind = {"kind": FAMILIES[family].model_class} if FAMILIES[family].job == "text" else {}
+        return {"model": str(_of(family).convert(base, output_dir, settings, say, **kind)), "family": family}
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:

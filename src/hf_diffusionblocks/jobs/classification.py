@@ -22,8 +22,9 @@ from . import building
 from .cascade_jobs import take_lower_blocks
 from .common import Say, check_output, pick_device, say_figures
 from .conversion import convert_base
+from .image_advice import image_advice
 from .image_pieces import load_data
-from .planning import compute_lines, compute_values, planned_compute, planned_memory
+from .planning import planned_memory
 from .run import Pictures, Run
 
 
@@ -31,12 +32,13 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """``diffusionblocks plan``: parameters by block, memory and compute."""
     recipe = resolve_method(recipe)
     config = recipe.config()
-    table, cost = planned_memory(config, recipe), planned_compute(config, recipe)
+    table = planned_memory(config, recipe)
     with torch.device("meta"):
         model = BlockedForImageClassification(config)
-    for line in (format_block_parameters(model), "", str(table), "", *compute_lines(cost)):
+    lines, advised = image_advice(recipe, config)
+    for line in (format_block_parameters(model), "", str(table), "", *lines):
         say(line)
-    return table.to_dict() | {"compute": compute_values(cost)}
+    return table.to_dict() | advised
 
 
 def build_trainer(

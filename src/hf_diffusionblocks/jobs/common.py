@@ -92,6 +92,7 @@ def planned(args: DiffusionBlocksTrainingArguments) -> dict[str, Any]:
         "mixed_precision": args.mixed_precision,
         "use_ema": args.use_ema,
         "optim": args.optim,
+        "optim_args": args.optim_args,
         "gradient_release": args.gradient_release,
     }
 
@@ -171,7 +172,7 @@ def say_figures(figures: dict[str, Any], output: str | None, say: Say) -> None:
     """Print a table of figures, and write them to a JSON file if one is named."""
     say(format_figures(figures))
     if output is not None:
-        serialization.write_json(Path(output), figures)
+        serialization.write_figures(Path(output), figures)
         say(f"written to {output}")
 
 

@@ -18,9 +18,11 @@ from ..pipelines import BlockedDiTPipeline, decode_latents
 from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
 from .common import Say, check_output, loading, new_directory, pick_device, say_figures
+from .image_advice import image_advice
 from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_source, load_data, load_vae
 from .planning import planned_memory
 from .run import Pictures, Run
+from .sample_files import write_samples
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
@@ -33,7 +35,10 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     say(format_block_parameters(model))
     say("")
     say(str(table))
-    return table.to_dict()
+    lines, advised = image_advice(recipe, config)
+    for line in ("", *lines):
+        say(line)
+    return table.to_dict() | advised
 
 
 class ImageRun(Run):
@@ -208,20 +213,13 @@ def sample(
         class_labels = list(range(min(10, pipe.model.config.num_classes)))
     labels = torch.tensor(class_labels).repeat_interleave(per_class)
     pipe.model.check_input(torch.empty(len(labels), *pipe.sample_shape), class_labels=labels)
-    images = sample_images(
-        pipe,
-        labels,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        solver=solver,
-        grid=grid,
-        seed=seed,
-        progress=True,
-    )
-    paths = []
-    for i, picture in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
-        paths.append(folder / f"{i:05d}-class-{int(labels[i])}.png")
-        picture.save(paths[-1])
+    walk = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "solver": solver,
+        "grid": grid,
+    }
+    images, paths = write_samples(pipe, labels, folder, torch.Generator().manual_seed(seed), **walk)
     grid_path = plots.save_sample_grid(images, labels, folder / "grid.png", names)
     say(f"{len(paths)} images in {folder}; together in {grid_path}")
     return paths

@@ -163,7 +163,7 @@ class Run:
         pictures = self.draw(model, folder)
         figures = self.score(model)
         figures |= {name: summary[name] for name in ("training_seconds", "updates_per_block")}
-        serialization.write_json(folder / FIGURES_NAME, figures)
+        serialization.write_figures(folder / FIGURES_NAME, figures)
         memory = planned_memory(model.config, self.recipe, alternatives=False)
         pictures += self.plot(model, figures, memory, folder)
         model_dir = self.output / MODEL_DIR

@@ -136,9 +136,11 @@ class CausalTextRun(TextRun):
         ]
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForCausalLM
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained language model into blocks and save it with its tokenizer."""
-    return convert_text(BlockedForCausalLM, base, output_dir, settings, _parts, say)
+    return convert_text(kind, base, output_dir, settings, _parts, say)
 
 
 def sample_text(

@@ -161,7 +161,13 @@ def _take_lower_blocks(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save a tokenizer beside a model, each file written beside its final name and renamed."""
+    """Save a tokenizer beside a model, each file written beside its final name and renamed.
+
+    Raises:
+        ValueError: for one of special tokens alone, which transformers makes where there are no files of a tokenizer.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError("its files are not there")
     with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=directory) as temporary:
         tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():

@@ -20,6 +20,8 @@ from .. import serialization
 from ..agreement import SAME_MODEL, first_difference
 from ..retrying import Retries, in_one_line, why_unreachable
 from ..serialization import INDEX_NAME, SHARED_NAME, block_file
+from ..strict_json import to_json
+from ..units import human_bytes
 from .block_table import CARD_NAME, LIBRARY_NAME, complete_card
 from .saved_model import SavedModel
 
@@ -68,7 +70,7 @@ class Push:
         where = self.repo_id + (f" ({self.revision})" if self.revision else "")
         if self.unreached is not None:
             size = sum(f.size for f in self.files)
-            head = f"would be sent to {where}, at most ({len(self.files)} files, {size:,} bytes):"
+            head = f"would be sent to {where}, at most ({len(self.files)} files, {human_bytes(size)}):"
             end = _NOT_KNOWN.format(where=where, reason=self.unreached)
             return "\n".join([head, *map(_line, self.files), end])
         if not self.files:
@@ -78,7 +80,7 @@ class Push:
 
 
 def _line(file: SentFile) -> str:
-    return f"  {file.action:<7}{file.size:>16,} bytes  {file.name}"
+    return f"  {file.action:<7}{human_bytes(file.size):>10}  {file.name}"
 
 
 # What a dry run says if the Hub cannot be asked.
@@ -337,7 +339,7 @@ def _merged_index(local: LocalModel, remote: RemoteModel) -> dict[str, Any]:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    return to_json(value, indent=2, sort_keys=True) + "\n"
 
 
 def _operation(name: str, content: bytes | Path | None) -> CommitOperationAdd | CommitOperationDelete:

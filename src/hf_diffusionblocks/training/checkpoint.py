@@ -23,7 +23,7 @@ from ..agreement import HISTORY
 from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..serialization import remove_tree
-from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
+from .arguments import DiffusionBlocksTrainingArguments
 from .block_trainer import BlockTrainer
 from .data_stream import data_fingerprint
 from .parallel import Group, as_sharded
@@ -205,7 +205,7 @@ def run_identity(
     """
     changing = (*HISTORY, "architectures", "dtype")
     model = {k: v for k, v in config.to_dict().items() if k not in changing}
-    settings = {k: v for k, v in args.to_dict().items() if k not in RESUMABLE_CHANGES}
+    settings = args.identity()
     data = {"num_samples": len(dataset), "fingerprint": data_fingerprint(dataset)}
     if processes > 1:
         settings["processes_per_block"] = processes

@@ -101,12 +101,7 @@ class DiffusionBlocksTrainer:
         if teacher is not None:
             teacher.to(self.accelerator.device)
         self.objective = objective or default_objective(
-            model.config,
-            args.gradient,
-            teacher=teacher,
-            distillation_weight=args.distillation_weight,
-            hidden_weight=args.hidden_weight,
-            horizontal_flip=args.horizontal_flip,
+            model.config, args.gradient, teacher=teacher, **args.objective_settings()
         )
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
         if not self.blocks:
