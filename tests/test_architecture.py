@@ -60,6 +60,7 @@ ORDER = [
     "figures",
     "plots",
     "report",
+    "demo",
     "recipes",
     "baselines",
     "evaluation",
