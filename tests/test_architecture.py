@@ -21,6 +21,7 @@ ORDER = [
     "preconditioning",
     "conditioning",
     "losses",
+    "augmentation",
     "agreement",
     "config_checks",
     "configuration",
@@ -57,6 +58,7 @@ ORDER = [
     "baselines",
     "evaluation",
     "jobs",
+    "paper_tables",
     "cli",
 ]
 

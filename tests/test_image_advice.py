@@ -18,7 +18,7 @@ LAYER = {"dit": 28_544, "image_classification": 8_544}  # parameters of a layer 
 
 def advised(name: str, *overrides: str) -> tuple[str, dict]:
     recipe = resolve_method(load_recipe(name, list(overrides)))
-    lines, values = image_advice(recipe, recipe.config(), recipe.training_arguments())
+    lines, values = image_advice(recipe, recipe.config())
     assert lines[-1] == values["advice"]
     return values["advice"], values["compute"]
 

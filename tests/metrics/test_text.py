@@ -20,7 +20,7 @@ from hf_diffusionblocks.metrics import mauve as mauve_module
 WORDS = [f"w{i}" for i in range(20)]
 needs_mauve = pytest.mark.skipif(
     importlib.util.find_spec("mauve") is None,
-    reason="mauve-text is not installed (pip install hf_diffusionblocks[text])",
+    reason="mauve-text is not installed (pip install 'hf-diffusionblocks[text]')",
 )
 few_samples = pytest.mark.filterwarnings("ignore:MAUVE of:UserWarning")
 
@@ -381,7 +381,7 @@ def test_mauve_warns_of_its_bias_below_a_thousand_samples(recwarn):
 
 def test_without_mauve_text_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "mauve", None)
-    with pytest.raises(ImportError, match=r"GPLv3.*pip install hf_diffusionblocks\[text\]"):
+    with pytest.raises(ImportError, match=r"GPLv3.*pip install 'hf-diffusionblocks\[text\]'"):
         Mauve("gpt2")
 
 

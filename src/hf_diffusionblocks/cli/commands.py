@@ -123,7 +123,26 @@ def _sample(args: argparse.Namespace, say: Say) -> Any:
     return made
 
 
+def _print_table(args: argparse.Namespace, say: Say) -> Any:
+    from ..paper_tables import formatting
+
+    if args.model is not None or args.overrides or args.recipe or args.data or args.output:
+        raise ValueError(
+            f"--table {args.table} prints figures that are known and scores nothing: leave out the model, --recipe, "
+            "--data, --output and settings."
+        )
+    if args.table == "list":
+        say(formatting.format_list())
+        return formatting.list_values()
+    say(formatting.format_table(args.table))
+    return formatting.table_values(args.table)
+
+
 def _evaluate(args: argparse.Namespace, say: Say) -> Any:
+    if args.table is not None:
+        return _print_table(args, say)
+    if args.model is None:
+        raise ValueError("name a model, such as runs/digits-dit/model, or print a table: --table NAME.")
     from .. import jobs
     from ..recipes import load_recipe, make_recipe
 

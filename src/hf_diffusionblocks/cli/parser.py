@@ -165,12 +165,23 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         "Score a saved model. Images: held-out loss, Frechet and kernel distance, precision, recall, class agreement. "
-        "Text: held-out likelihood, in bits per character.",
+        "Text: held-out likelihood, in bits per character. Or print a table of the paper, with --table.",
         "  diffusionblocks evaluate runs/digits-dit/model\n"
         "  diffusionblocks evaluate runs/pydoc-llama/model evaluation.rows=100\n"
-        "  diffusionblocks evaluate user/model --recipe digits-dit evaluation.num_samples=2000 --output figures.json",
+        "  diffusionblocks evaluate user/model --recipe digits-dit evaluation.num_samples=2000 --output figures.json\n"
+        "  diffusionblocks evaluate --table             # which tables there are\n"
+        "  diffusionblocks evaluate --table vit         # or by its number in that list: --table 1",
     )
-    parser.add_argument("model", help="directory or Hub id of a blocked model")
+    parser.add_argument("model", nargs="?", help="directory or Hub id of a blocked model")
+    parser.add_argument(
+        "--table",
+        nargs="?",
+        const="list",
+        metavar="NAME|NUMBER",
+        help="print the paper's figures with the commands that make ours at its setting, and apart from them what "
+        "small settings gave; scores nothing. The numbers are those of this command's list, not of the paper's tables. "
+        "'list' (or nothing) names all",
+    )
     _add_recipe(parser, option=True)
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--seed", type=int, default=0)

@@ -13,6 +13,7 @@ from ..recipes.families import FAMILIES
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
 from .bases import family_for, preview, refusals_name_the_families
+from .classification import ClassifierRun
 from .common import (
     Say,
     check_model_path,
@@ -23,15 +24,22 @@ from .common import (
     read_recipe_of,
     say_report,
 )
-from .images import build_trainer, load_data, sample
-from .masked_text import sample_masked
-from .text import sample_text
+from .images import ImageRun, build_trainer, load_data, sample
+from .masked_text import MaskedTextRun, sample_masked
+from .run import Run
+from .text import CausalTextRun, sample_text
 
 JOBS: dict[str, ModuleType] = {
     "images": images,
     "classification": classification,
     "masked_text": masked_text,
     "text": text,
+}
+RUNS: dict[str, type[Run]] = {
+    "images": ImageRun,
+    "classification": ClassifierRun,
+    "masked_text": MaskedTextRun,
+    "text": CausalTextRun,
 }
 
 
@@ -66,14 +74,12 @@ def train(
     Returns:
         The directory of the saved model.
     """
-    settings: dict[str, Any] = {"blocks": blocks, "resume": resume, "report": report, "say": say}
-    if recipe.kind.cascades:
-        settings["lower"] = lower
-    elif lower is not None:
+    if lower is not None and not recipe.kind.cascades:
         raise ValueError(
             f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
         )
-    model_dir = _of(recipe.family).train(recipe, **settings)
+    run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say)
+    model_dir = run.train(resume)
     if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
         say_report(model_dir.parent, say)
     return model_dir

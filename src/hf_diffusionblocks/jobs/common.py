@@ -18,7 +18,7 @@ from ..evaluation import format_figures
 from ..merging import merge_run
 from ..recipes.families import FAMILIES
 from ..report import write_report
-from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, UPDATES_NAME, find_jobs
+from ..run_names import RECIPE_NAME, UPDATES_NAME, find_jobs
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
@@ -182,6 +182,3 @@ def say_where(pictures: Iterable[tuple[str, Path]], model_dir: Path, usage: Iter
         say(f"{what + ':':<32}{path}")
     for line in ("", f"saved model: {model_dir}", "load it:", *(f"    {line}" for line in usage)):
         say(line)
-
-
-__all__ = ["FIGURES_DIR", "FIGURES_NAME", "MODEL_DIR", "RECIPE_NAME"]  # of the run's files, which all families write

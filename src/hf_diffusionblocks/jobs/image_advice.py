@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 
-from ..compute import training_flops
 from ..configuration import DiffusionBlocksConfig
 from ..families.categorical_config import CategoricalConfig
 from ..memory import end_to_end_config
 from ..memory_alternatives import layers_of
 from ..memory_fake_steps import recut
 from ..recipes import Recipe
-from ..training.arguments import DiffusionBlocksTrainingArguments
 from .advice import SmallModel, advice_values, small_model
+from .planning import compute_lines, compute_values, planned_compute
 
 
 @dataclass(frozen=True)
@@ -44,43 +43,27 @@ MEASURED = {
 }
 
 
-def image_advice(
-    recipe: Recipe, config: DiffusionBlocksConfig, args: DiffusionBlocksTrainingArguments
-) -> tuple[list[str], dict[str, Any]]:
+def image_advice(recipe: Recipe, config: DiffusionBlocksConfig) -> tuple[list[str], dict[str, Any]]:
     """Lines on a run's compute and on whether blocks pay, and the figures behind them, JSON-ready.
 
     Args:
         recipe: of the run, with its method resolved.
         config: of its model.
-        args: of its training.
     """
-    settings = {"batch_size": args.per_device_train_batch_size, "gradient_checkpointing": args.gradient_checkpointing}
-    cost = training_flops(config, **settings)
-    lines = [
-        "compute: FLOPs of an update of each block; ratio to an end-to-end update of all layers",
-        str(cost),
-        f"A run of blocks costs {cost.ratio:.2f} times the end-to-end run of as many updates.",
-        "",
-    ]
-    values = {
-        "flops_per_update_of_every_block": cost.flops,
-        "flops_per_end_to_end_update": cost.end_to_end,
-        "compute_ratio": cost.ratio,
-        "flops_per_block": [block.flops for block in cost.blocks],
-    }
-    small = None
+    cost = planned_compute(config, recipe)
+    values, small = compute_values(cost), None
     if config.num_blocks > 1 and not _is_pretrained(recipe, config) and not getattr(config, "indivisible", False):
         layers = min(config.num_layers, max(_held_layers(config)))
         plain = _shallow(recipe, config, layers)
-        read = _patches_read(recipe, config, args)
+        read = _patches_read(recipe, config)
         with torch.device("meta"):
             model = recipe.kind.model_class(plain)
         layer = sum(p.numel() for p in layers_of(model.block(0))[0].parameters())
-        small = small_model(layer, cost, training_flops(plain, **settings), layers, read)
+        small = small_model(layer, cost, planned_compute(plain, recipe), layers, read)
         values = dict(advice_values(cost, small))
         values["small_model_patches_per_parameter"] = values.pop("small_model_tokens_per_parameter")
     said = _advice(recipe, config, small)
-    return [*lines, said], {"compute": values, "advice": said}
+    return [*compute_lines(cost), "", said], {"compute": values, "advice": said}
 
 
 def _is_pretrained(recipe: Recipe, config: DiffusionBlocksConfig) -> bool:
@@ -109,11 +92,9 @@ def patches_per_image(config: DiffusionBlocksConfig) -> int:
     return (given[0] // (across[0] * packing)) * (given[1] // (across[1] * packing))
 
 
-def _patches_read(
-    recipe: Recipe, config: DiffusionBlocksConfig, args: DiffusionBlocksTrainingArguments
-) -> float | None:
+def _patches_read(recipe: Recipe, config: DiffusionBlocksConfig) -> float | None:
     """Patches that each block reads in the whole run; None if its length is not known before the data are."""
-    rows = recipe.data.max_samples
+    args, rows = recipe.training_arguments(), recipe.data.max_samples
     if args.max_steps <= 0 and not rows:
         return None
     updates = args.updates_per_block(rows or 1)

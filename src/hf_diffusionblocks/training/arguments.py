@@ -124,6 +124,10 @@ class DiffusionBlocksTrainingArguments:
     )
     distillation_weight: float = field(default=0.0, metadata={"help": "share of the loss against a frozen base"})
     horizontal_flip: bool = field(default=False, metadata={"help": "mirror images at random"})
+    rand_augment: bool = field(
+        default=False,
+        metadata={"help": "classifiers: change images by RandAugment, 2 operations of strength 9 of 30"},
+    )
     seed: int = field(default=0, metadata={"help": "of everything random"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "worker processes per block's data stream"})
     logging_steps: int = field(default=50, metadata={"help": "log every so many iterations (updates of any block)"})
@@ -237,6 +241,18 @@ class DiffusionBlocksTrainingArguments:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
         return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a run must keep when it goes on from a checkpoint."""
+        kept = {name: value for name, value in self.to_dict().items() if name not in RESUMABLE_CHANGES}
+        if not kept["rand_augment"]:  # older checkpoints do not know it
+            del kept["rand_augment"]
+        return kept
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The settings that are the objective's."""
+        names = ("distillation_weight", "hidden_weight", "horizontal_flip", "rand_augment")
+        return {name: getattr(self, name) for name in names}
 
 
 def _name_unknown_settings(cls: type) -> type:

@@ -73,7 +73,8 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError(
-            f"optim='adamw_8bit' needs bitsandbytes ({error}): pip install bitsandbytes, or set optim='adafactor'."
+            f"optim='adamw_8bit' needs bitsandbytes ({error}): pip install 'hf-diffusionblocks[optim]', or set "
+            "optim='adafactor'."
         ) from error
     return AdamW8bit
 

@@ -17,7 +17,7 @@ from ..merging import merge_run
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from ..serialization import remove_tree
-from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
+from .arguments import DiffusionBlocksTrainingArguments
 from .block_order import block_schedule
 from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs, mark_trained, with_gradient
@@ -94,12 +94,7 @@ class DiffusionBlocksTrainer:
         if teacher is not None:
             teacher.to(self.accelerator.device)
         self.objective = objective or default_objective(
-            model.config,
-            args.gradient,
-            teacher=teacher,
-            distillation_weight=args.distillation_weight,
-            hidden_weight=args.hidden_weight,
-            horizontal_flip=args.horizontal_flip,
+            model.config, args.gradient, teacher=teacher, **args.objective_settings()
         )
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
         if not self.blocks:
@@ -392,7 +387,7 @@ class DiffusionBlocksTrainer:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
         changing = (*HISTORY, "architectures", "dtype")
         config = {k: v for k, v in self.model.config.to_dict().items() if k not in changing}
-        args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
+        args = self.args.identity()
         data = {"num_samples": len(self.train_dataset), "fingerprint": data_fingerprint(self.train_dataset)}
         if self.group.size > 1:
             args["processes_per_block"] = self.group.size
