@@ -216,7 +216,8 @@ def test_what_an_optimizer_does_not_take_is_named(tmp_path):
 def test_a_missing_library_is_named_with_its_installation(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ValueError, match="optim='adamw_8bit' needs bitsandbytes .*pip install 'hf-diffusionblocks\[optim\]'"):
+    needs = r"optim='adamw_8bit' needs bitsandbytes .*pip install 'hf-diffusionblocks\[optim\]'"
+    with pytest.raises(ValueError, match=needs):
         dit_trainer(tmp_path, optim="adamw_8bit")
 
 

@@ -23,6 +23,7 @@ from .agreement import first_difference
 from .auto_classes import CONFIGS
 from .config_checks import check_model_type
 from .configuration import DiffusionBlocksConfig
+from .repository.saved_model import SavedModel
 from .serialization import INDEX_NAME, SHARED_NAME, block_file
 from .units import human_bytes
 from .weight_headers import check_shapes, payload_bytes
@@ -32,37 +33,19 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-CARD_NAME = "README.md"
 _POLL_SECONDS = 2.0
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A saved model of some blocks.
-
-    Attributes:
-        directory: where it lies.
-        config: its config as it is written.
-        index: its index, checked.
-        blocks: numbers of its blocks.
-    """
-
-    directory: Path
-    config: dict[str, Any]
-    index: dict[str, Any]
-    blocks: tuple[int, ...]
+class Part(SavedModel):
+    """A saved model of some blocks, to be merged with others."""
 
     def files(self) -> list[str]:
         """Names of its weight files; that of the shared parts may hold nothing, and the index then not name it."""
         present = [SHARED_NAME] if (self.directory / SHARED_NAME).is_file() else []
         return sorted({*present, *self.index["weight_map"].values()})
-
-    def digest(self, name: str) -> str:
-        """SHA-256 of one of its weight files."""
-        known = self.index["metadata"].get("sha256", {}).get(name)
-        return known or serialization.sha256(self.directory / name)
 
 
 class BlocksMissingError(ValueError):
@@ -312,12 +295,7 @@ def _companions(parts: list[Part]) -> dict[str, Path]:
     """Files beside the weights, by relative name."""
     found: dict[str, Path] = {}
     for part in parts:
-        weights = {*part.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME}
-        for path in sorted(part.directory.rglob("*")):
-            name = str(path.relative_to(part.directory))
-            hidden = any(piece.startswith(".") for piece in path.relative_to(part.directory).parts)
-            if name in weights or hidden or path.is_symlink() or not path.is_file():
-                continue
+        for name, path in part.companions():
             other = found.setdefault(name, path)
             if serialization.sha256(other) != serialization.sha256(path):
                 raise ValueError(

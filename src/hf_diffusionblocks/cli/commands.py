@@ -220,6 +220,18 @@ def _watch(args: argparse.Namespace, say: Say) -> None:
     watch(Path(args.run), args.port, not args.no_browser, say=say)
 
 
+def _demo(args: argparse.Namespace, say: Say) -> None:
+    from .. import demo, jobs
+
+    if args.space is not None:
+        for path in demo.write_space(args.model, args.space):
+            say(str(path))
+        say(f"next: hf upload user/{Path(args.space).name} {args.space} --repo-type space")
+        return
+    jobs.check_model_path(args.model)
+    demo.serve(args.model, args.port, not args.no_browser, args.block_streaming, say=say)
+
+
 def _recipes(args: argparse.Namespace, say: Say) -> Any:
     from ..recipes import recipe_names, recipe_path
 
@@ -265,6 +277,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Say], Any]] = {
     "merge": _merge,
     "push": _push,
     "watch": _watch,
+    "demo": _demo,
     "recipes": _recipes,
     "completion": _completion,
 }

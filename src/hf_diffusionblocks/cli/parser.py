@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
         add(commands)
-    for add in (_add_merge, _add_push, _add_watch, _add_recipes, _add_completion):
+    for add in (_add_merge, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
         add(commands)
     return parser
 
@@ -280,6 +280,25 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's directory; it need not be there yet")
     parser.add_argument("--port", type=_port, metavar="N", help="of the page, on 127.0.0.1; default: a free one")
     parser.add_argument("--no-browser", action="store_true", help="print the address only")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "Show a page that samples a blocked DiT and shows which block works at each step. Needs the extra [demo].",
+        "  diffusionblocks demo runs/digits-dit/model                  # on 127.0.0.1; Ctrl-C ends it\n"
+        "  diffusionblocks demo user/model --port 7860 --no-browser --block-streaming disk\n"
+        "  diffusionblocks demo user/model --space my-space            # the files of a Space on the Hub",
+        json=False,
+    )
+    parser.add_argument("model", help="directory or Hub id of a blocked DiT")
+    parser.add_argument("--port", type=_port, metavar="N", help="of the page, on 127.0.0.1; default: a free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
+    parser.add_argument(
+        "--block-streaming", choices=("host", "disk"), help="keep one block's weights on the device, the others there"
+    )
+    parser.add_argument("--space", metavar="DIR", help="write the files of a Space there, and show no page")
 
 
 def _add_recipes(commands: Any) -> None:

@@ -113,4 +113,4 @@ def load_image_dataset(
     return ImageDataset(images, labels, names, scaling_factor=scaling_factor)
 
 
-__all__ = ["FASHION_MNIST_CLASSES", "KNOWN_DATASETS", "ImageDataset", "cache_latents", "load_image_dataset"]
+__all__ = ["ImageDataset", "cache_latents", "load_image_dataset"]

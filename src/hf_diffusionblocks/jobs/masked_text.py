@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 
-from ..baselines.end_to_end import resolve_method
 from ..evaluation.masked_text import fill_text, gap_tokens, score_masked_text
 from ..families.masked_lm import BlockedForMaskedLM
 from ..families.masked_lm_config import BlockedMaskedLMConfig
@@ -15,16 +14,13 @@ from ..recipes.sections import MaskedSampling
 from .common import Say
 from .planning import compute_lines, compute_values, planned_compute, planned_memory
 from .run import Pictures
-from .text_pieces import load_model, planned_vocabulary
-from .text_runs import TextRun, check_block_length, chosen_sampling, convert_text, evaluate_text, shared_parts
+from .text_pieces import load_model
+from .text_runs import TextRun, chosen_sampling, convert_text, evaluate_text, planned_text, shared_parts
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """``diffusionblocks plan``: parameters by block, memory and compute."""
-    vocab_size = planned_vocabulary(recipe)
-    recipe = resolve_method(recipe, vocab_size)
-    config = recipe.config(vocab_size)
-    check_block_length(recipe, config)
+    recipe, config = planned_text(recipe)
     table, cost = planned_memory(config, recipe), planned_compute(config, recipe)
     with torch.device("meta"):
         model = BlockedForMaskedLM(config)

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from ..baselines.end_to_end import resolve_method
 from ..compute import TrainingCompute
 from ..evaluation import generate_text, prompt_tokens, score_text
 from ..families.categorical_config import PLAIN
@@ -20,16 +19,13 @@ from .advice import SmallModel, advice, advice_values, small_model
 from .common import Say
 from .planning import compute_lines, planned_compute, planned_memory
 from .run import Pictures
-from .text_pieces import load_model, planned_vocabulary
-from .text_runs import TextRun, check_block_length, chosen_sampling, convert_text, evaluate_text, shared_parts
+from .text_pieces import load_model
+from .text_runs import TextRun, chosen_sampling, convert_text, evaluate_text, planned_text, shared_parts
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """``diffusionblocks plan``: parameters by block, memory, compute, and whether blocks pay."""
-    vocab_size = planned_vocabulary(recipe)
-    recipe = resolve_method(recipe, vocab_size)
-    config = recipe.config(vocab_size)
-    check_block_length(recipe, config)
+    recipe, config = planned_text(recipe)
     table = planned_memory(config, recipe)
     read, lower = _tokens_read(recipe)
     cost = planned_compute(config, recipe, **lower)

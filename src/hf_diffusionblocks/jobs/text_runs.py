@@ -18,7 +18,15 @@ from ..training import DiffusionBlocksTrainer
 from .common import Say, check_output, say_figures
 from .conversion import convert_base
 from .run import Pictures, Run
-from .text_pieces import build_trainer, load_data, load_held_out, load_model, make_tokenizer, save_tokenizer
+from .text_pieces import (
+    build_trainer,
+    load_data,
+    load_held_out,
+    load_model,
+    make_tokenizer,
+    planned_vocabulary,
+    save_tokenizer,
+)
 
 
 class TextRun(Run):
@@ -108,13 +116,21 @@ def shared_parts(model: BlockedPreTrainedModel) -> list[str]:
     return [f"shared by all blocks: {shared}"]
 
 
-def check_block_length(recipe: Recipe, config: DiffusionBlocksConfig) -> None:
-    """Raise a ``ValueError`` for rows that are longer than a model's positions."""
+def planned_text(recipe: Recipe) -> tuple[Recipe, DiffusionBlocksConfig]:
+    """The recipe that really runs and its model's config, for a plan.
+
+    Raises:
+        ValueError: for rows that are longer than the model's positions.
+    """
+    vocab_size = planned_vocabulary(recipe)
+    recipe = resolve_method(recipe, vocab_size)
+    config = recipe.config(vocab_size)
     if recipe.data.block_length > config.max_position_embeddings:
         raise ValueError(
             f"data.block_length={recipe.data.block_length} tokens are more than the model's "
             f"{config.max_position_embeddings} positions: set a smaller data.block_length."
         )
+    return recipe, config
 
 
 def chosen_sampling(sampling: Any, prompts: list[str] | None, settings: dict[str, Any]) -> Any:
