@@ -52,7 +52,7 @@ def _peft() -> ModuleType:
     try:
         import peft
     except ImportError as error:
-        raise ValueError(f"adapters need peft ({error}): pip install peft.") from error
+        raise ValueError(f"adapters need peft ({error}): pip install 'hf-diffusionblocks[adapters]'.") from error
     return peft
 
 

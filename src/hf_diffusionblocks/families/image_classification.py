@@ -42,10 +42,9 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..agreement import hub_name, weights_digest
 from ..conditioning import Modulation
 from ..noise import equal_probability_grid
-from .base_loading import part_settings
+from .base_loading import convert
 from .categorical import BlockedCategoricalModel
 from .categorical_config import family_settings
 from .image_checks import check_image_batch, check_images, check_labels, labels_of_dataset
@@ -353,23 +352,13 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         Raises:
             ValueError: if the base cannot be cut, or a setting is not allowed.
         """
-        base_model = hub_name(base)
-        loading, settings = part_settings(base, settings)
-        if isinstance(base, (str, os.PathLike)):
-            base = AutoModelForImageClassification.from_pretrained(base, **loading)
-        if isinstance(base, (Mapping, PreTrainedConfig)):
-            return cls(cls.config_from(base, num_blocks, preset=preset, **settings))
-        config = cls.config_from(base.config, num_blocks, preset=preset, **{"pretrained": True, **settings})
-        config.base_model, config.base_revision = base_model, weights_digest(base.state_dict())
-        config._attn_implementation = base.config._attn_implementation
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to_empty(device=base.device).to(base.dtype)
-        model._init_seed = 0
-        model.init_weights()
-        copy_weights(base, model)
-        check_same_function(base, model)
-        return model.train(base.training)
+
+        def fill(base: PreTrainedModel, model: BlockedForImageClassification) -> None:
+            copy_weights(base, model)
+            check_same_function(base, model)
+
+        settings["preset"] = preset
+        return convert(cls, base, num_blocks, settings, load=AutoModelForImageClassification.from_pretrained, fill=fill)
 
     @classmethod
     def config_from(

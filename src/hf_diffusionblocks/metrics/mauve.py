@@ -88,7 +88,7 @@ def _load_mauve() -> Callable[..., Any]:
     except ImportError as error:
         raise ImportError(
             f"MAUVE needs the mauve-text package ({error}). It is GPLv3 and therefore not installed by default: "
-            "pip install hf_diffusionblocks[text]"
+            "pip install 'hf-diffusionblocks[text]'"
         ) from error
     return compute_mauve
 
