@@ -355,9 +355,9 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
         if not isinstance(kwargs.get("config"), DiffusionBlocksConfig):
             find("config.json")  # transformers then finds it in the cache
         if blocks is not None:
-            config = kwargs.pop("config", None) or pretrained_model_name_or_path
+            config: Any = kwargs.pop("config", None) or pretrained_model_name_or_path
             if not isinstance(config, DiffusionBlocksConfig):
-                dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+                dtype: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
                 config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
                 kwargs |= dtype
             blocks = checked_blocks(config.make_partition(), blocks)
@@ -373,7 +373,7 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
             )
         else:
             # transformers resolves every file of an index: hand it a directory whose index names only these files.
-            view = Path(tempfile.mkdtemp(prefix="diffusionblocks-"))
+            view, kept = Path(tempfile.mkdtemp(prefix="diffusionblocks-")), False
             try:
                 for path in paths:
                     os.symlink(path.resolve(), view / path.name)
@@ -390,9 +390,9 @@ class BlockedPreTrainedModel(StreamedBlocks, PushedBlocks, PreTrainedModel):
                 model, info = super().from_pretrained(view, *model_args, output_loading_info=True, **kwargs)
                 if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
                     weakref.finalize(model, shutil.rmtree, view, ignore_errors=True)  # it reads from there
-                    view = None
+                    kept = True
             finally:
-                if view is not None:
+                if not kept:
                     shutil.rmtree(view, ignore_errors=True)
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         missing = sorted(info["missing_keys"])

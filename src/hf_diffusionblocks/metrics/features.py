@@ -195,8 +195,8 @@ class InceptionFeatures(FeatureNetwork):
             raise kind(
                 f"Inception features cannot be had here ({type(error).__name__}: {error}). Install torch-fidelity "
                 "and a torchvision that fits torch (pip install 'hf-diffusionblocks[metrics]'), and let its weights be "
-                "downloaded once (or copy them into torch.hub's checkpoints folder); or pass another feature network, such as ClassifierFeatures or ModuleFeatures: "
-                "its figures are called after it, not 'fid'."
+                "downloaded once (or copy them into torch.hub's checkpoints folder); or pass another feature network, "
+                "such as ClassifierFeatures or ModuleFeatures: its figures are called after it, not 'fid'."
             ) from error
         super().__init__("inception", module, batch_size=batch_size, channels=(1, 3))
 
