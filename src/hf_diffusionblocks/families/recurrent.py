@@ -94,7 +94,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         if earlier == 0 and attention_mask is None and has_values(position_ids):  # a count is of rows of one document
             documents = document_numbers(position_ids if documents_of is None else documents_of)
         plain = columns is None
-        if plain:
+        if columns is None or walking is None:
             columns = torch.arange(earlier, earlier + position_ids.shape[1])
             walking = torch.zeros(len(columns), dtype=torch.bool)
         rotary = self.block(0).model.rotary_emb(hidden, position_ids)
@@ -182,7 +182,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         position_ids = self._positions(hidden, position_ids, cache).expand(hidden.shape[:2])
         if not self.config.two_stream:
             recurrences = num_recurrences or self.config.recurrences
-            how = {"recurrences": recurrences, "cache": cache, "attention_mask": attention_mask}
+            how: dict[str, Any] = {"recurrences": recurrences, "cache": cache, "attention_mask": attention_mask}
             return unrolled(self, hidden, position_ids, **how, seed=kwargs.get("noise_seed"))
         module, places = self.block(block), self.make_places(hidden, position_ids, attention_mask=attention_mask)
         x = module.run_prelude(hidden, places)
@@ -223,7 +223,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         state = unrolled(self, hidden, position_ids, recurrences=recurrences, **how)
         return [(self.block(0).norm(state[:, -keep:] if keep else state), self.head_weight(0))]
 
-    def forward(
+    def forward(  # type: ignore[override]  # tokens, as transformers' models
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,
