@@ -130,7 +130,7 @@ def test_a_changed_cell_would_be_found():
 
 
 def test_what_the_ablation_says_is_what_its_runs_gave():
-    """The last cell's means are those of the lines that the training cell printed."""
+    """The last cell's means are those of the lines that the training cell printed, and so is the text below it."""
     cells = code_cells(read(ROOT / "notebooks" / "partition_ablation.ipynb"))
     lines = re.findall(r"seed \d  (\w+) +held-out loss ([\d.]+)  Frechet distance ([\d.]+)", text_of(cells[-2]))
     means = re.findall(r"(\w+) +held-out loss ([\d.]+) \+- [\d.]+ +Frechet distance ([\d.]+)", text_of(cells[-1]))
@@ -139,3 +139,9 @@ def test_what_the_ablation_says_is_what_its_runs_gave():
         of_name = [(float(a), float(b)) for n, a, b in lines if n == name]
         assert float(loss) == pytest.approx(sum(a for a, _ in of_name) / len(of_name), abs=1e-3)
         assert float(distance) == pytest.approx(sum(b for _, b in of_name) / len(of_name), abs=2e-2)
+    for seed in range(3):
+        of_seed = [(float(loss), name) for name, loss, _ in lines[3 * seed : 3 * seed + 3]]
+        assert min(of_seed)[1] == "equal_probability"
+    distances = [float(distance) for _, _, distance in means]
+    spreads = [float(s) for s in re.findall(r"Frechet distance [\d.]+ \+- ([\d.]+)", text_of(cells[-1]))]
+    assert max(distances) - min(distances) < max(spreads)
