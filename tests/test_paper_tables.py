@@ -110,7 +110,7 @@ def test_runs_that_differ_go_to_different_directories():
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[] if name in ("text8-md4", "imagenet256-dit-l2") else pytest.mark.slow)
+        pytest.param(name, marks=[] if name == "text8-md4" else pytest.mark.slow)
         for name in sorted({setting.recipe for table in tables() for setting in table.settings} - {None})
     ],
 )
