@@ -2,15 +2,18 @@
 
     python benchmarks/classification_rivals.py run digits        # arms and seeds that are missing; resumable
     python benchmarks/classification_rivals.py run fashion --seeds 0
+    python benchmarks/classification_rivals.py run fashion-vit   # 12 layers in 3 blocks, with the smaller network
     python benchmarks/classification_rivals.py run cifar10       # NoProp's network; needs the parquet files, see below
+    python benchmarks/classification_rivals.py run cifar100      # the papers' sizes; from the Hub, for a GPU
     python benchmarks/classification_rivals.py table digits      # markdown
 
 Two networks. NoProp's CNN (arXiv 2503.24322): backpropagation through T of its blocks, NoProp in three forms, and
 DiffusionBlocks on it. NoProp-CT and -FM have one network and DiffusionBlocks three, where NoProp-DT and
 backpropagation have T: they get that many times the epochs, so that all arms of a study run the network on equally many
-images. A vision transformer: backpropagation, with and without activation checkpointing, Forward-Forward in two forms,
-and the library's blocked models, of which greedy local cross-entropy is one, all with the same epochs (of each block).
-An epoch of Forward-Forward by goodness runs two inputs per image.
+images. A vision transformer: backpropagation, with and without activation checkpointing, and with L/B layers;
+Forward-Forward in two forms; and the library's blocked models, of which greedy local cross-entropy is one; all with the
+same epochs (of each block), but for the arm of L/B layers that gets as many as cost what the library's default blocks
+cost, in counted FLOPs. An epoch of Forward-Forward by goodness runs two inputs per image.
 
 Memory is counted on a real update: of a process that holds everything, and of a job that trains one part alone (the
 largest of them; of blocked models what ``plan_memory`` counts). Seconds are the process's CPU time, with one thread.
@@ -42,15 +45,19 @@ class Study:
     """A data set and the sizes of what is trained on it."""
 
     data: str
-    cnn: dict[str, Any]
-    epochs: int
+    cnn: dict[str, Any] | None = None
+    epochs: int = 0
     vit: dict[str, Any] | None = None
     vit_epochs: int = 0
     vit_blocks: int = 2
     batch: int = 64
     learning_rate: float = 5e-3
+    vit_learning_rate: float = 2e-3
+    warmup: int = 20
     loading: dict[str, Any] = field(default_factory=dict)
     samples: dict[str, int | None] = field(default_factory=lambda: {"train": None, "test": None})
+    num_classes: int = 10
+    accelerated: bool = False  # on a GPU, if there is one; the others are compared by their CPU time
 
 
 STUDIES = {
@@ -65,11 +72,17 @@ STUDIES = {
         data="fashion-mnist",
         cnn={"image_size": 28, "widths": (8, 16, 32), "hidden": 64, "dropout": 0.1},
         epochs=4,
-        vit={"image_size": 28, "patch_size": 4, "hidden_size": 48, "num_hidden_layers": 6, "intermediate_size": 96},
-        vit_epochs=4,
-        vit_blocks=3,
         learning_rate=3e-3,
         samples={"train": 6000, "test": 2000},
+    ),
+    "fashion-vit": Study(
+        data="fashion-mnist",
+        vit={"image_size": 28, "patch_size": 7, "hidden_size": 64, "num_hidden_layers": 12, "intermediate_size": 128},
+        vit_epochs=2,
+        vit_blocks=3,
+        vit_learning_rate=1e-3,
+        warmup=75,
+        samples={"train": 48000, "test": None},
     ),
     "cifar10": Study(
         data=str(CIFAR10),
@@ -78,6 +91,21 @@ STUDIES = {
         learning_rate=3e-3,
         loading={"image_size": 16},
         samples={"train": 3000, "test": 2000},
+    ),
+    # The networks of the two papers (arXiv 2503.24322; 2506.14202: 12 layers, width 128, 500 epochs), all images.
+    "cifar100": Study(
+        data="uoft-cs/cifar100",
+        cnn={"image_size": 32, "channels": 3},
+        epochs=150,
+        vit={"image_size": 32, "patch_size": 4, "num_channels": 3, "hidden_size": 128, "num_hidden_layers": 12}
+        | {"intermediate_size": 512, "hidden_dropout_prob": 0.1},
+        vit_epochs=500,
+        vit_blocks=3,
+        batch=128,
+        learning_rate=1e-3,
+        loading={"image_column": "img", "label_column": "fine_label"},
+        num_classes=100,
+        accelerated=True,
     ),
 }
 
@@ -88,13 +116,15 @@ class Arm:
 
     Attributes:
         make: of a study; its seed is set.
-        passes: networks that an update runs each image through, in units of the study's epochs.
+        passes: of a CNN, networks that an update runs each image through, which divide the study's epochs.
+        more: of a transformer, a factor on the study's epochs.
         learning_rate: if not the study's.
         training: further arguments, for the library's trainer.
     """
 
     make: Callable[[Study], Any]
     passes: float = 1.0
+    more: Callable[[Study], float] = lambda study: 1.0
     learning_rate: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
@@ -105,7 +135,7 @@ def _cnn(name: str, **settings: Any) -> Callable[[Study], Any]:
         from hf_diffusionblocks.baselines.noprop_network import CNNConfig
 
         kind = getattr(noprop, name, None) or getattr(blocked_cnn, name)
-        return kind(CNNConfig(num_classes=10, **study.cnn), **settings)
+        return kind(CNNConfig(num_classes=study.num_classes, **study.cnn), **settings)
 
     return make
 
@@ -113,26 +143,43 @@ def _cnn(name: str, **settings: Any) -> Callable[[Study], Any]:
 def _vit_config(study: Study, **settings: Any) -> Any:
     from transformers import ViTConfig
 
-    common = {"num_channels": 1, "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "num_labels": 10}
-    return ViTConfig(**common, **study.vit, **settings)
+    common = {"num_channels": 1, "num_attention_heads": 4, "hidden_dropout_prob": 0.0, "num_labels": study.num_classes}
+    return ViTConfig(**(common | study.vit | settings))
 
 
-def _backprop_vit(study: Study, checkpointing: bool = False) -> Any:
+def _backprop_vit(study: Study, checkpointing: bool = False, shallow: bool = False) -> Any:
     from transformers import ViTForImageClassification
 
     from hf_diffusionblocks.baselines.forward_forward import BackpropViT
     from hf_diffusionblocks.modeling import enable_checkpointing
 
-    model = ViTForImageClassification(_vit_config(study))
+    model = ViTForImageClassification((_shallow_config if shallow else _vit_config)(study))
     if checkpointing:
         enable_checkpointing(model)
     return BackpropViT(model)
 
 
+def _shallow_config(study: Study) -> Any:
+    config = _vit_config(study)
+    config.num_hidden_layers //= study.vit_blocks
+    return config
+
+
+def _shallow_factor(study: Study) -> float:
+    """Updates of the network of L/B layers that cost one of every block of the default, in FLOPs."""
+    from hf_diffusionblocks import BlockedForImageClassification
+    from hf_diffusionblocks.compute import training_flops
+    from hf_diffusionblocks.families.categorical_config import PLAIN
+
+    blocked = BlockedForImageClassification.config_from(_vit_config(study), study.vit_blocks)
+    plain = BlockedForImageClassification.config_from(_shallow_config(study), 1, **PLAIN)
+    return training_flops(blocked, batch_size=study.batch).flops / training_flops(plain, batch_size=study.batch).flops
+
+
 def _forward_forward(study: Study, objective: str) -> Any:
     from hf_diffusionblocks.baselines.forward_forward import ForwardForwardViT
 
-    return ForwardForwardViT(_vit_config(study, initializer_range=0.1), 10, objective)
+    return ForwardForwardViT(_vit_config(study, initializer_range=0.1), study.num_classes, objective)
 
 
 def _blocked_vit(study: Study, **settings: Any) -> Any:
@@ -141,7 +188,8 @@ def _blocked_vit(study: Study, **settings: Any) -> Any:
     return BlockedForImageClassification.from_base(_vit_config(study), num_blocks=study.vit_blocks, **settings)
 
 
-_GREEDY = {"readout": "clean", "context": "cascade", "auxiliary_layers": 0, "initialization": "default"}
+_EXACT = {"auxiliary_layers": 0, "initialization": "default"}
+_GREEDY = {"readout": "clean", "context": "cascade", **_EXACT}
 
 CNN_ARMS = {
     f"CNN, backpropagation, T={BLOCKS}": Arm(_cnn("BackpropCNN", num_blocks=BLOCKS), BLOCKS),
@@ -152,30 +200,41 @@ CNN_ARMS = {
     "CNN, DiffusionBlocks, B=3, cross-entropy": Arm(_cnn("BlockedCNN", loss="cross_entropy"), 3),
 }
 VIT_ARMS = {
-    "ViT, backpropagation": Arm(_backprop_vit, learning_rate=2e-3),
-    "ViT, backpropagation, checkpointing": Arm(lambda study: _backprop_vit(study, True), learning_rate=2e-3),
+    "ViT, backpropagation": Arm(_backprop_vit),
+    "ViT, backpropagation, checkpointing": Arm(lambda study: _backprop_vit(study, True)),
+    "ViT, backpropagation, L/B": Arm(lambda study: _backprop_vit(study, shallow=True)),
+    "ViT, backpropagation, L/B, equal compute": Arm(
+        lambda study: _backprop_vit(study, shallow=True),
+        more=_shallow_factor,
+    ),
     "ViT, Forward-Forward": Arm(lambda study: _forward_forward(study, "goodness"), learning_rate=5e-3),
     "ViT, Contrastive Forward-Forward": Arm(lambda study: _forward_forward(study, "contrastive"), learning_rate=5e-3),
     "ViT, greedy local cross-entropy": Arm(
         lambda study: _blocked_vit(study, **_GREEDY),
-        learning_rate=2e-3,
         training={"order": "simultaneous", "gradient": "local"},
     ),
     "ViT, DiffusionBlocks, the paper's": Arm(
-        lambda study: _blocked_vit(study, preset="paper"), learning_rate=2e-3, training={"gradient": "local"}
+        lambda study: _blocked_vit(study, preset="paper"), training={"gradient": "local"}
     ),
-    "ViT, blocks, the library's default": Arm(_blocked_vit, learning_rate=2e-3),
+    "ViT, DiffusionBlocks, exact readout": Arm(
+        lambda study: _blocked_vit(study, readout="exact", context="independent", auxiliary_layers=0),
+        training={"gradient": "local"},
+    ),
+    "ViT, blocks, the library's default": Arm(_blocked_vit),
+    "ViT, blocks, exact gradient": Arm(lambda study: _blocked_vit(study, **_EXACT), training={"gradient": "exact"}),
 }
 
 
 def arms_of(study: str) -> dict[str, Arm]:
     """The arms of a study by name."""
-    return CNN_ARMS | (VIT_ARMS if STUDIES[study].vit else {})
+    return (CNN_ARMS if STUDIES[study].cnn else {}) | (VIT_ARMS if STUDIES[study].vit else {})
 
 
-def epochs_of(study: Study, arm: str) -> int:
+def epochs_of(study: Study, arm: str) -> float:
     """Passes over the data. Of NoProp's CNN all arms run networks on equally many images."""
-    return study.vit_epochs if arm in VIT_ARMS else round(study.epochs * BLOCKS / CNN_ARMS[arm].passes)
+    if arm in VIT_ARMS:
+        return study.vit_epochs * VIT_ARMS[arm].more(study)
+    return round(study.epochs * BLOCKS / CNN_ARMS[arm].passes)
 
 
 def load(study: str, split: str) -> Any:
@@ -204,24 +263,26 @@ def run_job(study: str, arm: str, seed: int) -> dict:
     settings, one = STUDIES[study], arms_of(study)[arm]
     train, test = load(study, "train"), load(study, "test")
     torch.manual_seed(seed)
-    model = one.make(settings)
+    accelerator = torch.accelerator.current_accelerator(check_available=True) if settings.accelerated else None
+    model = one.make(settings).to(accelerator or "cpu")
     epochs = epochs_of(settings, arm)
     args = DiffusionBlocksTrainingArguments(
         output_dir=tempfile.mkdtemp(),
         num_train_epochs=epochs,
         per_device_train_batch_size=settings.batch,
-        learning_rate=one.learning_rate or settings.learning_rate,
+        learning_rate=one.learning_rate or (settings.vit_learning_rate if arm in VIT_ARMS else settings.learning_rate),
         weight_decay=1e-3,
         lr_scheduler_type="cosine",
-        warmup_steps=20,
+        warmup_steps=settings.warmup,
         seed=seed,
         use_ema=False,
-        cpu=True,
+        cpu=accelerator is None,
         save_steps=0,
         logging_steps=10**6,
         disable_tqdm=True,
         **one.training,
     )
+    machine = f"{platform.processor() or platform.machine()}, 1 thread" + (f", {accelerator}" if accelerator else "")
     blocked = not isinstance(model, LocalClassifier)
     trainer = (DiffusionBlocksTrainer if blocked else LocalTrainer)(model, args, train)
     start = time.process_time()
@@ -234,12 +295,18 @@ def run_job(study: str, arm: str, seed: int) -> dict:
     else:
         score = accuracy(model, test, seed=seed)
     scoring = time.process_time() - start
+    by_steps = {}
+    if blocked and model.config.two_stream:  # the label is denoised
+        for steps in (1, 2, 4, 8):
+            found, labels = predict(model, test, num_inference_steps=steps)
+            by_steps[steps] = float((found.argmax(-1) == labels).double().mean())
     process, job = _memory(trainer)
     return {
         "study": study,
         "arm": arm,
         "seed": seed,
         "accuracy": score,
+        **({"accuracy_by_steps": by_steps} if by_steps else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "epochs": epochs,
         "updates": trainer.num_updates,
@@ -250,7 +317,7 @@ def run_job(study: str, arm: str, seed: int) -> dict:
         "memory": process,
         "memory_of_a_job": job,
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, 1 thread",
+        "machine": machine,
     }
 
 
@@ -295,7 +362,7 @@ def table(study: str) -> str:
         per_epoch, total = (statistics.mean(r[k] for r in mine) for k in ("cpu_seconds_per_epoch", "cpu_seconds"))
         lines.append(
             f"| {arm} | {len(mine)} | {mean([r['accuracy'] for r in mine])} | {first['parameters']:,} | "
-            f"{first['epochs']} | {per_epoch:.2f} | {total:.0f} | {first['memory']['total'] / 1024:.0f}: {held} | "
+            f"{first['epochs']:.3g} | {per_epoch:.2f} | {total:.0f} | {first['memory']['total'] / 1024:.0f}: {held} | "
             f"{first['memory_of_a_job']['total'] / 1024:.0f} |"
         )
     settings = STUDIES[study]

@@ -106,7 +106,7 @@ MUTATIONS = (
     ),
     Mutation(
         "the exact readout divides by sigma once",
-        "families/causal_lm.py",
+        "families/causal_lm_targets.py",
         "z / sigma.float()[..., None] ** 2, table",
         "z / sigma.float()[..., None], table",
         "test_causal_lm.py test_next_token.py",

@@ -117,8 +117,10 @@ def test_plan_prints_every_method_and_json(capsys):
     assert main(["plan", "digits-dit"]) == 0
     text = capsys.readouterr().out
     assert "end to end" in text and "blocked" in text and "checkpointing" in text
+    assert "Do blocks pay here? In the memory of one block, a network of 2 layers" in text
     assert main(["plan", "digits-dit", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["rows"]
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["rows"] and "Train it instead" in plan["advice"] and plan["compute"]["small_model_layers"] == 2
 
 
 def test_convert_a_saved_dit(tmp_path, capsys):

@@ -126,7 +126,7 @@ def test_every_command_has_examples_and_json():
     commands = next(a for a in build_parser()._actions if a.dest == "command").choices
     for name, parser in commands.items():
         assert "examples:" in parser.format_help(), name
-        assert "--json" in parser.format_help() or name in ("completion", "watch"), name
+        assert "--json" in parser.format_help() or name in ("completion", "demo", "watch"), name
 
 
 def test_a_closed_pipe_is_no_error():

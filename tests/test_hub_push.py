@@ -26,6 +26,7 @@ from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
 from hf_diffusionblocks.hub import model_card, write_model_card
 from hf_diffusionblocks.repository import complete_card, push_directory
 from hf_diffusionblocks.serialization import INDEX_NAME, SHARED_NAME, block_file, same_tensors
+from hf_diffusionblocks.units import human_bytes
 from hub_server import HubServer, Request
 from tiny import tiny_dit
 from tiny_text import base_config, blocked_lm
@@ -201,7 +202,7 @@ def test_a_dry_run_shows_what_would_be_sent_and_changes_nothing(hub, original):
     sent = push_directory(original / "job-1", REPO)
     assert planned.files == sent.files and planned.parent == sent.parent
     size = (original / "job-1" / block_file(1)).stat().st_size
-    assert f"add    {size:>16,} bytes  {block_file(1)}" in str(planned)
+    assert f"add    {human_bytes(size):>10}  {block_file(1)}" in str(planned)
 
 
 @pytest.mark.parametrize("how", ["no connection", "HF_HUB_OFFLINE is set"])
@@ -220,7 +221,7 @@ def test_a_dry_run_without_the_hub_shows_the_most_that_would_be_sent(hub, origin
     assert told.strip() == str(planned) and TOKEN not in told and hub.requests == []
     assert f"The Hub was not asked ({how})" in told and "whether someone/tiny exists" in told
     size = (original / "job-1" / block_file(1)).stat().st_size
-    assert f"send   {size:>16,} bytes  {block_file(1)}" in told
+    assert f"send   {human_bytes(size):>10}  {block_file(1)}" in told
     huggingface_hub.close_session()
     sent = push_directory(original / "job-1", REPO)  # to an empty repository: just that
     assert [(f.name, f.size) for f in planned.files] == [(f.name, f.size) for f in sent.files]

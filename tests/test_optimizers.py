@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_diffusionblocks import DiffusionBlocksTrainer
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.memory import measure_memory, plan_memory
 from hf_diffusionblocks.memory_counting import held_bytes, measure_step
 from hf_diffusionblocks.training.arguments import OPTIMIZERS
 from hf_diffusionblocks.training.optimizers import make_optimizer, plain_tensors, state_bytes
@@ -133,19 +134,45 @@ def test_another_optimizer_cannot_take_a_run_up(tmp_path):
         dit_trainer(tmp_path, max_steps=1, optim="adafactor").train(resume_from_checkpoint=True)
 
 
+STATES = [
+    *(pytest.param(name, {}, marks=needs_bitsandbytes if name == "adamw_8bit" else ()) for name in OPTIMIZERS),
+    ("adamw_torch_fused", {"amsgrad": True}),
+    ("adamw_torch", {"amsgrad": True}),
+    pytest.param("adamw_8bit", {"min_8bit_size": 100_000}, marks=needs_bitsandbytes),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("optim", EACH)
-def test_the_state_takes_as_many_bytes_as_is_said(optim, dtype):
+@pytest.mark.parametrize(("optim", "optim_args"), STATES)
+def test_the_state_takes_as_many_bytes_as_is_said(optim, optim_args, dtype):
     shapes = [(64, 96), (1000, 7), (10, 3, 2, 2), (5000,), (17,), (1,)]
     parameters = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-    optimizer = make_optimizer([(str(i), p) for i, p in enumerate(parameters)], arguments("unused", optim=optim))
+    optimizer = make_optimizer(
+        [(str(i), p) for i, p in enumerate(parameters)], arguments("unused", optim=optim, optim_args=optim_args)
+    )
     for p in parameters:
         p.grad = torch.randn_like(p)
     optimizer.step()
     for p in parameters:
         named = {name: value for name, value in optimizer.state[p].items() if "qmap" not in name}  # one for all
         held = held_bytes(tensor for value in named.values() for tensor in plain_tensors(value))
-        assert held == state_bytes(optim, p.shape, dtype), p.shape
+        assert held == state_bytes(optim, p.shape, dtype, optim_args), p.shape
+
+
+def test_a_plan_and_a_real_step_count_the_moments_that_optim_args_add(capsys):
+    config, model = tiny_dit(2, 2, **WIDE).config, tiny_dit(2, 2, **WIDE)
+    given = {"optim_args": {"amsgrad": True}, "use_ema": False}
+    row = plan_memory(config, alternatives=False, **given).worst("blocked")
+    use = measure_memory(model, 0, model.dummy_batch(1), **given)
+    assert (
+        row.moments
+        == use.moments
+        > 1.4 * plan_memory(config, alternatives=False, use_ema=False).worst("blocked").moments
+    )
+    with pytest.raises(ValueError, match="optim='adafactor' cannot be made with optim_args={'amsgrad': True}"):
+        plan_memory(config, optim="adafactor", optim_args={"amsgrad": True})
+    assert main(["plan", "digits-dit", "training.optim_args={amsgrda: true}"]) == 2
+    assert "amsgrda" in capsys.readouterr().err
 
 
 def test_further_arguments_reach_the_optimizer(tmp_path):
@@ -189,7 +216,8 @@ def test_what_an_optimizer_does_not_take_is_named(tmp_path):
 def test_a_missing_library_is_named_with_its_installation(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ValueError, match=r"optim='adamw_8bit' needs .*pip install 'hf-diffusionblocks\[optim\]'"):
+    needs = r"optim='adamw_8bit' needs bitsandbytes .*pip install 'hf-diffusionblocks\[optim\]'"
+    with pytest.raises(ValueError, match=needs):
         dit_trainer(tmp_path, optim="adamw_8bit")
 
 

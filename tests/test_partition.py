@@ -11,8 +11,9 @@ from scipy import stats
 from torch.testing import assert_close
 
 from hf_diffusionblocks.configuration import DiffusionBlocksConfig
+from hf_diffusionblocks.layer_counts import balanced_layers
 from hf_diffusionblocks.noise import LogNormalNoise, equal_probability_grid
-from hf_diffusionblocks.partition import BlockPartition, InformationProfile, balanced_layers
+from hf_diffusionblocks.partition import BlockPartition, InformationProfile
 from test_noise import noises, reference
 from tiny import as_users_run
 

@@ -48,6 +48,7 @@ def test_the_papers_settings_for_classifiers_stand_in_the_recipes(name, blocks, 
     args, config = recipe.training_arguments(), recipe.config()
     assert (args.per_device_train_batch_size, args.learning_rate, args.num_train_epochs) == (128, 5e-4, 500)
     assert (args.lr_scheduler_type, args.horizontal_flip, args.order) == ("cosine", True, None)
+    assert args.rand_augment
     base = config.base_config
     assert (config.num_layers, config.hidden_size, base["num_attention_heads"], base["patch_size"]) == (12, 128, 4, 4)
     assert (base["hidden_dropout_prob"], config.num_blocks, config.num_classes) == (0.1, blocks, classes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from hf_diffusionblocks.families import causal_lm
+from hf_diffusionblocks.families import causal_lm_targets
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
 from hf_diffusionblocks.families.two_stream import TwoStreamMasks, document_numbers, make_masks
 from hf_diffusionblocks.objectives.next_token import NextTokenPrediction
@@ -121,7 +121,7 @@ def test_the_probe_detects_a_leak(readout, layout, monkeypatch):
             BlockedForCausalLM, "clean_block", lambda self, *a, **k: original(self, *a, **k).roll(-1, dims=1)
         )
     else:
-        monkeypatch.setattr(causal_lm, "make_masks", leaky_masks)
+        monkeypatch.setattr(causal_lm_targets, "make_masks", leaky_masks)
     found = leaks(lambda ids: model.denoise(z, sigma, block=0, input_ids=ids, **LAYOUTS[layout]), tokens(), layout)
     assert {(row, j + 1, j) for row in (0, 1) for j in range(PADDED, LENGTH - 1) if j != START - 1} <= set(found)
 

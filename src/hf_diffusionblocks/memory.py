@@ -26,6 +26,7 @@ from .modeling import BlockedPreTrainedModel
 from .suggest import unknown_name
 from .training.arguments import MIXED_PRECISIONS, OPTIMIZERS
 from .training.block_trainer import Objective
+from .training.optimizers import check_optimizer
 
 END_TO_END, BLOCKED, ALL_BLOCKS = "end to end", "blocked", "blocked, all blocks in one process"
 CHECKPOINTING = ", checkpointing"
@@ -145,6 +146,7 @@ def plan_memory(
     mixed_precision: str = "no",
     use_ema: bool = True,
     optim: str = "adamw_torch_fused",
+    optim_args: Mapping[str, Any] | None = None,
     gradient_release: bool = False,
     alternatives: bool = True,
     objective: Objective | None = None,
@@ -162,6 +164,7 @@ def plan_memory(
         mixed_precision: ``no`` or ``bf16``, for autocast.
         use_ema: keep a moving average of the weights.
         optim: the optimizer, as in the training arguments.
+        optim_args: its further settings, as there; those of other methods keep their defaults.
         gradient_release: update each parameter as its gradient arrives, and free that at once.
         alternatives: add what other methods hold (``memory_alternatives``).
         objective: as in ``DiffusionBlocksTrainer``; without a teacher, whose weights would come on top.
@@ -183,14 +186,8 @@ def plan_memory(
         >>> round(plan.worst("blocked").ratio, 2)
         0.34
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
-    if mixed_precision not in MIXED_PRECISIONS:
-        raise ValueError(unknown_name("mixed_precision", mixed_precision, MIXED_PRECISIONS))
-    if optim not in OPTIMIZERS:
-        raise ValueError(unknown_name("optim", optim, OPTIMIZERS))
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype!r} must be a floating point torch.dtype, such as torch.float32.")
+    _check_settings(batch_size, dtype, mixed_precision, optim)
+    check_optimizer(optim, optim_args or {})
     given = model_or_config.config if isinstance(model_or_config, BlockedPreTrainedModel) else model_or_config
     if isinstance(given, (str, os.PathLike, Mapping)):
         given = blocked_config_of(given, num_blocks)
@@ -205,25 +202,8 @@ def plan_memory(
     plain = end_to_end_config(config)
     step = FakeStep(make, batch_size, dtype, mixed_precision, objective, target, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
-    blocks = range(config.num_blocks)
-    ways = [(END_TO_END, end_to_end, [0], None), *((BLOCKED, blocked, [b], b) for b in blocks)]
-    ways.append((ALL_BLOCKS, blocked, list(blocks), None))
-    rows: list[MemoryRow] = []
-    for method in (END_TO_END, BLOCKED, ALL_BLOCKS):
-        for suffix in ("", CHECKPOINTING):
-            for _, model, held, block in (way for way in ways if way[0] == method):
-                state: dict[str, Any] = {"use_ema": use_ema, "optim": optim, "release": gradient_release}
-                use = step.predict(model, held, checkpointing=bool(suffix), **state)
-                rows.append(
-                    MemoryRow(
-                        **asdict(use),
-                        method=method + suffix,
-                        block=block,
-                        layers=sum(len(model.partition.layers(b)) for b in held),
-                        parameters=sum(t.numel() for t in resident(model, held) if isinstance(t, nn.Parameter)),
-                        ratio=use.total / rows[0].total if rows else 1.0,
-                    )
-                )
+    state = {"use_ema": use_ema, "optim": optim, "optim_args": optim_args or {}, "release": gradient_release}
+    rows = _predicted_rows(step, end_to_end, blocked, state)
     others = None
     if alternatives:
         largest = max((row for row in rows if row.method == BLOCKED), key=lambda row: row.total).block or 0
@@ -238,11 +218,48 @@ def plan_memory(
         "mixed_precision": mixed_precision,
         "use_ema": use_ema,
         "optim": optim,
+        **({"optim_args": dict(optim_args)} if optim_args else {}),
         "gradient_release": gradient_release,
         "device": target.type,
         **batch_settings,
     }
     return MemoryPlan(tuple(rows), settings, others)
+
+
+def _check_settings(batch_size: Any, dtype: Any, mixed_precision: str, optim: str) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} must be a whole number of at least 1.")
+    if mixed_precision not in MIXED_PRECISIONS:
+        raise ValueError(unknown_name("mixed_precision", mixed_precision, MIXED_PRECISIONS))
+    if optim not in OPTIMIZERS:
+        raise ValueError(unknown_name("optim", optim, OPTIMIZERS))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} must be a floating point torch.dtype, such as torch.float32.")
+
+
+def _predicted_rows(
+    step: FakeStep, end_to_end: BlockedPreTrainedModel, blocked: BlockedPreTrainedModel, state: dict[str, Any]
+) -> list[MemoryRow]:
+    """What each way of training holds, with and without checkpointing; ratios are to plain end-to-end training."""
+    blocks = range(blocked.config.num_blocks)
+    ways = [(END_TO_END, end_to_end, [0], None), *((BLOCKED, blocked, [b], b) for b in blocks)]
+    ways.append((ALL_BLOCKS, blocked, list(blocks), None))
+    rows: list[MemoryRow] = []
+    for method in (END_TO_END, BLOCKED, ALL_BLOCKS):
+        for suffix in ("", CHECKPOINTING):
+            for _, model, held, block in (way for way in ways if way[0] == method):
+                use = step.predict(model, held, checkpointing=bool(suffix), **state)
+                rows.append(
+                    MemoryRow(
+                        **asdict(use),
+                        method=method + suffix,
+                        block=block,
+                        layers=sum(len(model.partition.layers(b)) for b in held),
+                        parameters=sum(t.numel() for t in resident(model, held) if isinstance(t, nn.Parameter)),
+                        ratio=use.total / rows[0].total if rows else 1.0,
+                    )
+                )
+    return rows
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -17,7 +17,7 @@ Plans are for eager execution: torch.compile fuses layers and chooses for itself
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -248,6 +248,7 @@ def measure_memory(
     gradient_checkpointing: bool = False,
     use_ema: bool = True,
     optim: str = "adamw_torch_fused",
+    optim_args: Mapping[str, Any] | None = None,
     gradient_release: bool = False,
 ) -> MemoryUse:
     """Count what an update of a block holds, on a real batch. The weights stay as they are: the learning rate is 0.
@@ -261,6 +262,7 @@ def measure_memory(
         gradient_checkpointing: recompute activations layer by layer.
         use_ema: keep a moving average of the weights.
         optim: the optimizer, as in the training arguments.
+        optim_args: its further settings, as there.
         gradient_release: update each parameter as its gradient arrives.
 
     Raises:
@@ -275,6 +277,7 @@ def measure_memory(
         mixed_precision=mixed_precision,
         use_ema=use_ema,
         optim=optim,
+        optim_args=dict(optim_args or {}),
         gradient_release=gradient_release,
         max_grad_norm=0.0 if gradient_release else 1.0,
     )

@@ -7,7 +7,7 @@ vocabulary is computed in more than a few chunks.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -93,6 +93,7 @@ class FakeStep:
         checkpointing: bool,
         use_ema: bool,
         optim: str,
+        optim_args: Mapping[str, Any],
         release: bool,
     ) -> MemoryUse:
         """Bytes of a job that holds some blocks and steps them in turn."""
@@ -102,7 +103,7 @@ class FakeStep:
         return MemoryUse(
             weights=held_bytes(resident(model, held)),
             gradients=max(counts[b].gradient if release else held_bytes(trained[b]) for b in held),
-            moments=sum(state_bytes(optim, p.shape, p.dtype) for p in parameters),
+            moments=sum(state_bytes(optim, p.shape, p.dtype, optim_args) for p in parameters),
             ema=held_bytes(parameters) if use_ema else 0,
             activations=max(count.activations[checkpointing] for count in counts.values()),
         )

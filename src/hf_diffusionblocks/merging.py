@@ -23,7 +23,9 @@ from .agreement import first_difference
 from .auto_classes import CONFIGS
 from .config_checks import check_model_type
 from .configuration import DiffusionBlocksConfig
+from .repository.saved_model import SavedModel
 from .serialization import INDEX_NAME, SHARED_NAME, block_file
+from .units import human_bytes
 from .weight_headers import check_shapes, payload_bytes
 
 try:
@@ -31,37 +33,19 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # the check of platforms is by hand
 
-CARD_NAME = "README.md"
 _POLL_SECONDS = 2.0
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A saved model of some blocks.
-
-    Attributes:
-        directory: where it lies.
-        config: its config as it is written.
-        index: its index, checked.
-        blocks: numbers of its blocks.
-    """
-
-    directory: Path
-    config: dict[str, Any]
-    index: dict[str, Any]
-    blocks: tuple[int, ...]
+class Part(SavedModel):
+    """A saved model of some blocks, to be merged with others."""
 
     def files(self) -> list[str]:
         """Names of its weight files; that of the shared parts may hold nothing, and the index then not name it."""
         present = [SHARED_NAME] if (self.directory / SHARED_NAME).is_file() else []
         return sorted({*present, *self.index["weight_map"].values()})
-
-    def digest(self, name: str) -> str:
-        """SHA-256 of one of its weight files."""
-        known = self.index["metadata"].get("sha256", {}).get(name)
-        return known or serialization.sha256(self.directory / name)
 
 
 class BlocksMissingError(ValueError):
@@ -73,6 +57,7 @@ def merge_blocks(
     output_dir: str | os.PathLike,
     *,
     wait: float | int = 0,
+    dry_run: bool = False,
     say: Say = lambda line: None,
 ) -> Path:
     """Make one checkpoint of all blocks out of directories that hold some each.
@@ -86,6 +71,7 @@ def merge_blocks(
             the ``model`` in it.
         output_dir: a new or empty directory.
         wait: seconds to wait for directories or blocks that are not there yet.
+        dry_run: check everything, say what would be written, and write nothing.
         say: gets a line for each block, and for what is waited for.
 
     Returns:
@@ -117,6 +103,11 @@ def merge_blocks(
     companions = _companions(parts)
     for block, part in sorted(owners.items()):
         say(f"block {block}: {part.directory} (sha256 {part.digest(block_file(block))[:12]})")
+    if dry_run:
+        files = [part.directory / name for name, part in sources.items()] + list(companions.values())
+        size = human_bytes(sum(path.stat().st_size for path in files))
+        say(f"dry run: would write {len(files)} files of {size} to {target}; nothing was written.")
+        return target
 
     staging = target.with_name(f".{target.name}.merging")
     shutil.rmtree(staging, ignore_errors=True)  # of a merge that was killed
@@ -305,12 +296,7 @@ def _companions(parts: list[Part]) -> dict[str, Path]:
     """Files beside the weights, by relative name."""
     found: dict[str, Path] = {}
     for part in parts:
-        weights = {*part.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME}
-        for path in sorted(part.directory.rglob("*")):
-            name = str(path.relative_to(part.directory))
-            hidden = any(piece.startswith(".") for piece in path.relative_to(part.directory).parts)
-            if name in weights or hidden or path.is_symlink() or not path.is_file():
-                continue
+        for name, path in part.companions():
             other = found.setdefault(name, path)
             if serialization.sha256(other) != serialization.sha256(path):
                 raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from .layer_counts import spread_layers
 from .masking import MaskNoise
 from .noise import LogNormalNoise
 
@@ -157,7 +158,7 @@ class BlockPartition:
             (0.179632, 0.505041)
         """
         noise = noise or LogNormalNoise()
-        layers = _spread(num_blocks, num_layers, layers_per_block)
+        layers = spread_layers(num_blocks, num_layers, layers_per_block)
         inner = noise.icdf(torch.linspace(1, 0, len(layers) + 1, dtype=torch.float64, device="cpu")[1:-1])
         return cls(_with_ends(inner, noise), layers, noise, overlap)
 
@@ -175,7 +176,7 @@ class BlockPartition:
         Arguments and errors as in ``equal_probability``.
         """
         noise = noise or LogNormalNoise()
-        layers = _spread(num_blocks, num_layers, layers_per_block)
+        layers = spread_layers(num_blocks, num_layers, layers_per_block)
         inner = torch.linspace(noise.sigma_max, noise.sigma_min, len(layers) + 1, dtype=torch.float64, device="cpu")[
             1:-1
         ]
@@ -195,7 +196,7 @@ class BlockPartition:
         Arguments and errors as in ``equal_probability``.
         """
         noise = noise or LogNormalNoise()
-        layers = _spread(num_blocks, num_layers, layers_per_block)
+        layers = spread_layers(num_blocks, num_layers, layers_per_block)
         ends = math.log(noise.sigma_max), math.log(noise.sigma_min)
         inner = torch.linspace(*ends, len(layers) + 1, dtype=torch.float64, device="cpu")[1:-1].exp()
         return cls(_with_ends(inner, noise), layers, noise, overlap)
@@ -228,7 +229,7 @@ class BlockPartition:
             if not all(high > low for high, low in zip(edges, edges[1:], strict=False)) or edges[-1] <= 0:
                 raise ValueError(f"edges={edges} must be positive and strictly descending (highest noise first).")
             noise = LogNormalNoise(sigma_min=edges[-1], sigma_max=edges[0])
-        return cls(tuple(edges), _spread(len(edges) - 1, num_layers, layers_per_block), noise, overlap)
+        return cls(tuple(edges), spread_layers(len(edges) - 1, num_layers, layers_per_block), noise, overlap)
 
     @classmethod
     def equal_information(
@@ -274,7 +275,7 @@ class BlockPartition:
                     f"the profile ends at {given}, the noise range at {name}={wanted}: measure the information of a "
                     "model with the same noise range, or give that range."
                 )
-        layers = _spread(num_blocks, num_layers, layers_per_block)
+        layers = spread_layers(num_blocks, num_layers, layers_per_block)
         shares = [information.total * b / len(layers) for b in range(1, len(layers))]
         return cls((noise.sigma_max, *map(information.level, shares), noise.sigma_min), layers, noise, overlap)
 
@@ -382,49 +383,5 @@ class BlockPartition:
         return rows
 
 
-def balanced_layers(num_layers: int, extra: Sequence[int]) -> tuple[int, ...] | None:
-    """Layers per block such that what each block holds in training is even.
-
-    A block that trains with auxiliary layers holds them too, so it gets fewer of the model's own; a remainder goes to
-    the last blocks, whose loss is the model's.
-
-    Args:
-        num_layers: L.
-        extra: number of auxiliary layers of each block.
-
-    Returns:
-        Layers of each block, or None if a block would be left without one.
-
-    Example:
-        >>> balanced_layers(6, (1, 1, 0))
-        (1, 2, 3)
-    """
-    whole, rest = divmod(num_layers + sum(extra), len(extra))
-    held = [whole + (b >= len(extra) - rest) for b in range(len(extra))]
-    layers = tuple(h - e for h, e in zip(held, extra, strict=True))
-    return layers if min(layers) > 0 else None
-
-
 def _with_ends(inner: Tensor, noise: Noise) -> tuple[float, ...]:
     return (noise.sigma_max, *inner.tolist(), noise.sigma_min)
-
-
-def _spread(num_blocks: int, num_layers: int, layers_per_block: Sequence[int] | None) -> tuple[int, ...]:
-    for name, value in (("num_blocks", num_blocks), ("num_layers", num_layers)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-    if num_blocks > num_layers:
-        raise ValueError(
-            f"num_blocks={num_blocks} is more than the {num_layers} layers of the model: "
-            f"use between 1 and {num_layers} blocks."
-        )
-    if layers_per_block is None:
-        whole, rest = divmod(num_layers, num_blocks)
-        return tuple(whole + (b < rest) for b in range(num_blocks))
-    layers = tuple(layers_per_block)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in layers)
-    if not whole or len(layers) != num_blocks or sum(layers) != num_layers:
-        raise ValueError(
-            f"layers_per_block={list(layers)} must name {num_blocks} numbers that sum to the {num_layers} layers."
-        )
-    return layers

@@ -122,23 +122,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
         labels = torch.as_tensor(class_labels, device=device).reshape(-1)
         if len(labels) == 0:
             raise ValueError("class_labels is empty: give at least one label.")
-        missing = set(range(model.partition.num_blocks)) - set(model.resident_blocks)
-        if missing:
-            raise ValueError(f"sampling needs every block; not loaded: {sorted(missing)}. Load them with blocks=None.")
-        if isinstance(generator, list) and len(generator) != len(labels):
-            raise ValueError(f"{len(generator)} generators for {len(labels)} labels: give one, or one per label.")
-        shape = (len(labels), *self.sample_shape)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=model.dtype)
-        elif tuple(latents.shape) != shape:
-            raise ValueError(f"latents has shape {list(latents.shape)}; give standard normal noise of {list(shape)}.")
-        if guidance_scale != 1 and model.config.label_dropout == 0:
-            logger.warning(
-                f"guidance_scale={guidance_scale} needs the null class, which a model with label_dropout=0 never "
-                "trained. Use guidance_scale=1."
-            )
-        if not bool(torch.isfinite(latents).all()):  # once per call; denoise itself does not look at every z
-            raise ValueError("latents holds values that are not finite; give standard normal noise.")
+        latents = self._starting_noise(latents, len(labels), guidance_scale, generator)
         training = model.training
         model.eval()
         try:
@@ -161,6 +145,34 @@ class BlockedDiTPipeline(DiffusionPipeline):
         images = self._decode(z, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _starting_noise(
+        self,
+        latents: Tensor | None,
+        count: int,
+        guidance_scale: float,
+        generator: torch.Generator | list[torch.Generator] | None,
+    ) -> Tensor:
+        """Standard normal noise of so many samples: what was given, checked, or a new draw."""
+        model = self.model
+        missing = set(range(model.partition.num_blocks)) - set(model.resident_blocks)
+        if missing:
+            raise ValueError(f"sampling needs every block; not loaded: {sorted(missing)}. Load them with blocks=None.")
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"{len(generator)} generators for {count} labels: give one, or one per label.")
+        shape = (count, *self.sample_shape)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=model.dtype)
+        elif tuple(latents.shape) != shape:
+            raise ValueError(f"latents has shape {list(latents.shape)}; give standard normal noise of {list(shape)}.")
+        if guidance_scale != 1 and model.config.label_dropout == 0:
+            logger.warning(
+                f"guidance_scale={guidance_scale} needs the null class, which a model with label_dropout=0 never "
+                "trained. Use guidance_scale=1."
+            )
+        if not bool(torch.isfinite(latents).all()):  # once per call; denoise itself does not look at every z
+            raise ValueError("latents holds values that are not finite; give standard normal noise.")
+        return latents
 
     def _step_end(self, callback: Callable[..., Any] | None, names: Sequence[str]) -> StepEnd | None:
         """diffusers' callback as the samplers call it."""

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .retrying import NETWORK_ERRORS, Retries, one_line
+from .strict_json import known, to_json
 
 INDEX_NAME = "model.safetensors.index.json"
 SHARED_NAME = "shared.safetensors"
@@ -93,9 +94,18 @@ def remove_tree(path: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=2, sort_keys=True) + "\n"
+    """Write JSON atomically.
+
+    Raises:
+        ValueError: naming a number in it that is NaN or infinite.
+    """
+    text = to_json(value, indent=2, sort_keys=True) + "\n"
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_figures(path: Path, figures: object) -> None:
+    """Write figures as JSON, atomically; null stands for what is not known (NaN) or beyond a float."""
+    write_json(path, known(figures))
 
 
 def read_json(path: Path) -> dict:

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader
 
-from hf_diffusionblocks.data import ImageDataset, cache_latents, load_image_dataset
-from hf_diffusionblocks.data import images as data
+from hf_diffusionblocks.data import ImageDataset, cache_latents, image_tables, load_image_dataset
+from hf_diffusionblocks.data.indexing import fixed_subset
 from tiny import tiny_vae
 
 NAMES = ["cat", "dog", "owl"]
@@ -304,10 +304,10 @@ def test_channels_are_converted_and_grey_images_join_coloured_ones():
 
 
 def test_decoded_images_are_kept_on_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "CACHE_MIN_IMAGES", 5)
+    monkeypatch.setattr(image_tables, "CACHE_MIN_IMAGES", 5)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    decoded, decode = [], data.decode_cell
-    monkeypatch.setattr(data, "decode_cell", lambda *args, **kw: decoded.append(args[1]) or decode(*args, **kw))
+    decoded, decode = [], image_tables.decode_cell
+    monkeypatch.setattr(image_tables, "decode_cell", lambda *args, **kw: decoded.append(args[1]) or decode(*args, **kw))
     source = hub_dataset(pictures(6))
     first = load_image_dataset(source)
     again = load_image_dataset(source)
@@ -330,7 +330,7 @@ def test_cifar10(shared_data):
     assert ds.images.shape == (200, 3, 32, 32) and ds.num_classes == 10 and ds.class_names[0] == "airplane"
     assert ds.labels.bincount(minlength=10).min() > 5
     source = datasets.load_dataset("parquet", data_files=str(path), split="train")
-    row = data.fixed_subset(10_000, 200)[17]
+    row = fixed_subset(10_000, 200)[17]
     assert np.array_equal(np.array(source[int(row)]["image"]), ds.images[17].permute(1, 2, 0))
     assert source[int(row)]["label"] == ds.labels[17]
 
@@ -387,7 +387,7 @@ def test_bad_rows_are_named(tmp_path):
     with pytest.raises(ValueError, match="row 1, -1, is negative"):
         load_image_dataset(hub_dataset(raw[:2], [0, -1]))
     many = [[[0]] * 2] * 98 + [[[0]], [[0]] * 2]  # row 98 differs; the subset of 50 holds it, at another place
-    assert data.fixed_subset(100, 50)[-1] == 98
+    assert fixed_subset(100, 50)[-1] == 98
     with pytest.raises(ValueError, match="row 98 is 1x1"):
         load_image_dataset(datasets.Dataset.from_dict({"image": many, "label": [0] * 100}), max_samples=50)
     with pytest.raises(ValueError, match="is empty"):

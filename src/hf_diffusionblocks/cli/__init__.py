@@ -1,11 +1,21 @@
 """The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
 
-import json
 import os
 import sys
 from collections.abc import Sequence
 
+from ..strict_json import known, to_json
 from .parser import build_parser, parse
+
+_AFTER_CTRL_C = {
+    "train": "Run the same command again to go on.",
+    "sample": "What was drawn is kept. Run the same command again for all of it: it draws the same samples.",
+    "evaluate": "The model is as it was; feature networks and statistics that were made are kept in its cache. Run the "
+    "same command again for the figures.",
+    "merge": "Nothing half written stays. Run the same command again.",
+    "convert": "Nothing half written stays. Run the same command again.",
+    "push": "Commits arrive whole or not at all. Run the same command again to go on.",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,13 +29,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result = run(args)
         if getattr(args, "json", False):
-            print(json.dumps(result, indent=2, default=str))
+            print(to_json(known(result), indent=2, default=str))
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what python flushes at exit
     except KeyboardInterrupt as error:
         print(f"\ninterrupted. {error or ''}".rstrip(), file=sys.stderr)
-        print("Run the same command again to go on.", file=sys.stderr)
+        print(_AFTER_CTRL_C.get(args.command, "Run the same command again."), file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         if args.debug:

@@ -5,6 +5,8 @@ import dataclasses
 import json
 import logging
 import os
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,19 @@ def run(args: argparse.Namespace) -> Any:
         raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
     if args.quiet:
         _hide_progress()
+    elif not sys.stderr.isatty():
+        _calm_progress()
     if args.verbose:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     silent = args.quiet or getattr(args, "json", False)
     return COMMANDS[args.command](args, (lambda line: None) if silent else print)
+
+
+def _calm_progress() -> None:
+    """Where stderr is a file: a run's bar writes a line a minute, the short bars of other libraries nothing."""
+    os.environ.setdefault("TQDM_MININTERVAL", "60")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 
 
 def _hide_progress() -> None:
@@ -63,7 +74,10 @@ def _recipe(args: argparse.Namespace, say: Say) -> Any:
 def _plan(args: argparse.Namespace, say: Say) -> Any:
     from .. import jobs
 
-    return jobs.plan(_recipe(args, say), say=say)
+    planned = jobs.plan(_recipe(args, say), say=say)
+    words = [*([args.recipe] if args.recipe else []), *(["--data", args.data] if args.data else []), *args.overrides]
+    say(f"\nnext: diffusionblocks train {shlex.join(words)}")
+    return planned
 
 
 def _train(args: argparse.Namespace, say: Say) -> Any:
@@ -103,10 +117,32 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
 def _sample(args: argparse.Namespace, say: Say) -> Any:
     from .sampling import sample
 
-    return sample(args, say)
+    made = sample(args, say)
+    if Path(args.model).is_dir():
+        say(f"next: diffusionblocks evaluate {args.model}")
+    return made
+
+
+def _print_table(args: argparse.Namespace, say: Say) -> Any:
+    from ..paper_tables import formatting
+
+    if args.model is not None or args.overrides or args.recipe or args.data or args.output:
+        raise ValueError(
+            f"--table {args.table} prints figures that are known and scores nothing: leave out the model, --recipe, "
+            "--data, --output and settings."
+        )
+    if args.table == "list":
+        say(formatting.format_list())
+        return formatting.list_values()
+    say(formatting.format_table(args.table))
+    return formatting.table_values(args.table)
 
 
 def _evaluate(args: argparse.Namespace, say: Say) -> Any:
+    if args.table is not None:
+        return _print_table(args, say)
+    if args.model is None:
+        raise ValueError("name a model, such as runs/digits-dit/model, or print a table: --table NAME.")
     from .. import jobs
     from ..recipes import load_recipe, make_recipe
 
@@ -120,16 +156,25 @@ def _evaluate(args: argparse.Namespace, say: Say) -> Any:
         if values is None:
             raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
         recipe = make_recipe(values, overrides)
-    return jobs.evaluate(args.model, recipe, args.output, args.seed, say=say)
+    figures = jobs.evaluate(args.model, recipe, args.output, args.seed, say=say)
+    if Path(args.model).is_dir():
+        say(f"\nnext: diffusionblocks push {args.model} user/model --dry-run")
+    return figures
 
 
 def _convert(args: argparse.Namespace, say: Say) -> Any:
     from .. import jobs
 
-    settings = {"num_blocks": args.num_blocks, **_settings(args.settings)}
-    target = jobs.convert(args.base, args.output_dir, settings, say=say)
-    say(f"next: diffusionblocks push {target} user/model --dry-run")
-    return {"model": str(target)}
+    settings = {} if args.num_blocks is None else {"num_blocks": args.num_blocks}
+    settings |= _settings(args.settings)
+    dry = args.dry_run
+    made = jobs.convert(args.base, args.output_dir, settings, say=say, family=args.family, dry_run=dry)
+    say(
+        "next: the same without --dry-run"
+        if dry
+        else f"next: diffusionblocks push {made['model']} user/model --dry-run"
+    )
+    return made
 
 
 def _encode(args: argparse.Namespace, say: Say) -> Any:
@@ -142,7 +187,9 @@ def _encode(args: argparse.Namespace, say: Say) -> Any:
 def _merge(args: argparse.Namespace, say: Say) -> Any:
     from ..merging import merge_blocks
 
-    merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, say=say)
+    merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, dry_run=args.dry_run, say=say)
+    if args.dry_run:
+        return {"model": str(merged), "dry_run": True}
     say(f"merged in {merged}")
     say(f"next: diffusionblocks sample {merged}")
     return {"model": str(merged)}
@@ -162,6 +209,8 @@ def _push(args: argparse.Namespace, say: Say) -> Any:
         dry_run=args.dry_run,
     )
     say(str(push))
+    if push.commit is not None or (push.files and not args.dry_run):
+        say(f"next: diffusionblocks sample {args.repo_id}")
     return dataclasses.asdict(push)
 
 
@@ -169,6 +218,18 @@ def _watch(args: argparse.Namespace, say: Say) -> None:
     from ..report import watch
 
     watch(Path(args.run), args.port, not args.no_browser, say=say)
+
+
+def _demo(args: argparse.Namespace, say: Say) -> None:
+    from .. import demo, jobs
+
+    if args.space is not None:
+        for path in demo.write_space(args.model, args.space):
+            say(str(path))
+        say(f"next: hf upload user/{Path(args.space).name} {args.space} --repo-type space")
+        return
+    jobs.check_model_path(args.model)
+    demo.serve(args.model, args.port, not args.no_browser, args.block_streaming, say=say)
 
 
 def _recipes(args: argparse.Namespace, say: Say) -> Any:
@@ -216,6 +277,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Say], Any]] = {
     "merge": _merge,
     "push": _push,
     "watch": _watch,
+    "demo": _demo,
     "recipes": _recipes,
     "completion": _completion,
 }

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
+from ..base_names import CUT_FROM, what_can_be_cut
+
 _DESCRIPTION = """\
 Train a network block by block, at 1/B of the memory (DiffusionBlocks, arXiv 2506.14202).
 
@@ -36,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
         add(commands)
-    for add in (_add_merge, _add_push, _add_watch, _add_recipes, _add_completion):
+    for add in (_add_merge, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
         add(commands)
     return parser
 
@@ -163,17 +165,29 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         "Score a saved model. Images: held-out loss, Frechet and kernel distance, precision, recall, class agreement. "
-        "Text: held-out likelihood, in bits per character.",
+        "Text: held-out likelihood, in bits per character. Or print a table of the paper, with --table.",
         "  diffusionblocks evaluate runs/digits-dit/model\n"
         "  diffusionblocks evaluate runs/pydoc-llama/model evaluation.rows=100\n"
-        "  diffusionblocks evaluate user/model --recipe digits-dit evaluation.num_samples=2000 --output figures.json",
+        "  diffusionblocks evaluate user/model --recipe digits-dit evaluation.num_samples=2000 --output figures.json\n"
+        "  diffusionblocks evaluate --table             # which tables there are\n"
+        "  diffusionblocks evaluate --table vit         # or by its number in that list: --table 1",
     )
-    parser.add_argument("model", help="directory or Hub id of a blocked model")
+    parser.add_argument("model", nargs="?", help="directory or Hub id of a blocked model")
+    parser.add_argument(
+        "--table",
+        nargs="?",
+        const="list",
+        metavar="NAME|NUMBER",
+        help="print the paper's figures with the commands that make ours at its setting, and apart from them what "
+        "small settings gave; scores nothing. The numbers are those of this command's list, not of the paper's tables. "
+        "'list' (or nothing) names all",
+    )
     _add_recipe(parser, option=True)
     parser.add_argument("--output", help="also write the figures to this JSON file")
     parser.add_argument("--seed", type=int, default=0)
 
 
+_CONVERT = "Cut a pretrained model into blocks and save it. " + what_can_be_cut()
 _CONVERT_SETTINGS = "fields of the blocked model's config; dtype, revision, token, cache_dir: how to load the base"
 
 
@@ -181,15 +195,25 @@ def _add_convert(commands: Any) -> None:
     parser = _command(
         commands,
         "convert",
-        "Cut a pretrained DiT or language model into blocks and save it.",
+        _CONVERT,
         "  diffusionblocks convert facebook/DiT-XL-2-256 --num-blocks 4 --output-dir dit-xl-4\n"
         "  diffusionblocks convert HuggingFaceTB/SmolLM2-135M --num-blocks 3 --output-dir smollm2-3\n"
+        "  diffusionblocks convert google/vit-base-patch16-224 --num-blocks 3 --output-dir vit-3 --dry-run\n"
+        "  diffusionblocks convert google-bert/bert-base-cased --num-blocks 3 --output-dir bert-3\n"
+        "  diffusionblocks convert HuggingFaceTB/SmolLM2-135M --family recurrent --output-dir smollm2-core "
+        "num_recurrences=4\n"
         "  diffusionblocks convert path/to/dit --num-blocks 3 --output-dir out preconditioning=edm overlap=0.1",
     )
-    parser.add_argument("base", help="directory or Hub id of a DiT or of a causal language model")
+    parser.add_argument("base", help="directory or Hub id of a pretrained model")
     parser.add_argument("settings", nargs="*", metavar="key=value", help=_CONVERT_SETTINGS)
-    parser.add_argument("--num-blocks", type=int, default=3, help="B (default: %(default)s)")
+    parser.add_argument("--num-blocks", type=int, help="B (default: 3; a recurrent core is one block)")
+    parser.add_argument(
+        "--family",
+        choices=tuple(CUT_FROM),
+        help="default: that of the base; recurrent makes a decoder a recurrent core",
+    )
     parser.add_argument("--output-dir", required=True, help="a new directory")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be written; loads no weight")
 
 
 def _add_encode(commands: Any) -> None:
@@ -211,11 +235,13 @@ def _add_merge(commands: Any) -> None:
         "merge",
         "Make one checkpoint out of jobs that trained one block each.",
         "  diffusionblocks merge runs/block-0 runs/block-1 runs/block-2 --output-dir runs/merged\n"
-        "  diffusionblocks merge runs/block-* --output-dir runs/merged --wait 3600   # for jobs that still run",
+        "  diffusionblocks merge runs/block-* --output-dir runs/merged --wait 3600   # for jobs that still run\n"
+        "  diffusionblocks merge runs/block-* --output-dir runs/merged --dry-run     # check, and write nothing",
     )
     parser.add_argument("directories", nargs="+", metavar="DIR", help="a job's run or the model that it saved")
     parser.add_argument("--output-dir", required=True, help="a new or empty directory")
     parser.add_argument("--wait", type=float, default=0, metavar="SECONDS", help="for blocks that are not there yet")
+    parser.add_argument("--dry-run", action="store_true", help="check everything and write nothing")
 
 
 def _add_push(commands: Any) -> None:
@@ -254,6 +280,25 @@ def _add_watch(commands: Any) -> None:
     parser.add_argument("run", metavar="RUN", help="the run's directory; it need not be there yet")
     parser.add_argument("--port", type=_port, metavar="N", help="of the page, on 127.0.0.1; default: a free one")
     parser.add_argument("--no-browser", action="store_true", help="print the address only")
+
+
+def _add_demo(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "demo",
+        "Show a page that samples a blocked DiT and shows which block works at each step. Needs the extra [demo].",
+        "  diffusionblocks demo runs/digits-dit/model                  # on 127.0.0.1; Ctrl-C ends it\n"
+        "  diffusionblocks demo user/model --port 7860 --no-browser --block-streaming disk\n"
+        "  diffusionblocks demo user/model --space my-space            # the files of a Space on the Hub",
+        json=False,
+    )
+    parser.add_argument("model", help="directory or Hub id of a blocked DiT")
+    parser.add_argument("--port", type=_port, metavar="N", help="of the page, on 127.0.0.1; default: a free one")
+    parser.add_argument("--no-browser", action="store_true", help="print the address only")
+    parser.add_argument(
+        "--block-streaming", choices=("host", "disk"), help="keep one block's weights on the device, the others there"
+    )
+    parser.add_argument("--space", metavar="DIR", help="write the files of a Space there, and show no page")
 
 
 def _add_recipes(commands: Any) -> None:

@@ -2,13 +2,16 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
+
+Say = Callable[[str], None]
 
 _IMAGE_OPTIONS = ("output_dir", "classes", "per_class", "guidance_scale", "solver")
 _TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "denoise", "bridge", "order")
 _NOT_OF_MASKED = ("grid", "top_k", "denoise", "bridge")
 
 
-def sample(args: argparse.Namespace, say: Callable[[str], None] = print) -> list[str]:
+def sample(args: argparse.Namespace, say: Say = print) -> list[str]:
     """Sample from a saved model; returns the files' paths, or the texts."""
     from .. import jobs
     from ..recipes import make_recipe
@@ -27,18 +30,7 @@ def sample(args: argparse.Namespace, say: Callable[[str], None] = print) -> list
             kind, option = "language" if text else "DiT", "--" + name.replace("_", "-")
             raise ValueError(f"{option} has no meaning for {args.model}, a {kind} model: leave it out.")
     if not text:
-        given = {
-            "class_labels": args.classes,
-            "per_class": args.per_class,
-            "num_inference_steps": args.steps,
-            "guidance_scale": args.guidance_scale,
-            "solver": args.solver,
-            "grid": args.grid,
-            "block_streaming": args.block_streaming,
-        }
-        given = {name: value for name, value in given.items() if value is not None}
-        paths = jobs.sample(args.model, args.output_dir or "samples", seed=args.seed, say=say, **given)
-        return [str(path) for path in paths]
+        return _sample_images(args, say)
     values = jobs.read_recipe_of(args.model)
     recipe = make_recipe(values) if values is not None and values.get("family") == family else None
     for name in _NOT_OF_MASKED if FAMILIES[family].hides_tokens else ("order",):
@@ -49,6 +41,30 @@ def sample(args: argparse.Namespace, say: Callable[[str], None] = print) -> list
         names = ("max_new_tokens", "steps", "order", "temperature", "top_p", "block_streaming")
         given = {name: getattr(args, name) for name in names}
         return jobs.sample_masked(args.model, args.prompt, recipe, args.seed, say=say, **given)
+    return _sample_text(args, recipe, say)
+
+
+def _sample_images(args: argparse.Namespace, say: Say) -> list[str]:
+    from .. import jobs
+
+    given = {
+        "class_labels": args.classes,
+        "per_class": args.per_class,
+        "num_inference_steps": args.steps,
+        "guidance_scale": args.guidance_scale,
+        "solver": args.solver,
+        "grid": args.grid,
+        "block_streaming": args.block_streaming,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    paths = jobs.sample(args.model, args.output_dir or "samples", seed=args.seed, say=say, **given)
+    return [str(path) for path in paths]
+
+
+def _sample_text(args: argparse.Namespace, recipe: Any, say: Say) -> list[str]:
+    """Continue prompts; options that would have no effect are errors."""
+    from .. import jobs
+
     walk = {name: getattr(args, name) for name in ("steps", "grid", "bridge")}
     if not args.denoise and any(value is not None for value in walk.values()):
         name = next(name for name, value in walk.items() if value is not None)

@@ -1,4 +1,4 @@
-"""Row indices as ``datasets`` takes them."""
+"""Row indices as ``datasets`` takes them, and the subset that ``max_samples`` keeps."""
 
 import numbers
 from typing import Any
@@ -16,3 +16,8 @@ def row_index(index: Any) -> Any:
     if index.dtype.is_floating_point and len(index):
         raise ValueError(f"row indices must be integers, not {index.dtype}.")
     return index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+
+
+def fixed_subset(length: int, max_samples: int) -> np.ndarray:
+    """A fixed random subset, ascending. Larger subsets contain smaller ones."""
+    return np.sort(np.random.default_rng(0).permutation(length)[:max_samples])

@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .images import (
-    KNOWN_DATASETS,
-    ImageDataset,
-    class_indices,
-    decode_cell,
-    find_columns,
-    fixed_subset,
-    load_image_dataset,
-    open_hub,
-    square,
-)
-from .indexing import row_index
+from .image_dataset import ImageDataset, class_indices
+from .image_files import KNOWN_DATASETS
+from .image_pixels import decode_cell, square
+from .image_tables import find_columns, open_hub
+from .images import load_image_dataset
+from .indexing import fixed_subset, row_index
 
 
 class LazyImageDataset(Dataset):

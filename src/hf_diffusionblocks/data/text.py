@@ -104,6 +104,13 @@ def load_text_dataset(
         raise ValueError(f"shuffle_buffer={shuffle_buffer} is for streaming=True; in memory any order can be read.")
     with _progress(not disable_progress):
         encoded = _tokenise(documents, tokenizer, num_proc)
+    return _rows(encoded, tokenizer, block_length, max_samples, packing)
+
+
+def _rows(
+    encoded: Any, tokenizer: PreTrainedTokenizerBase, block_length: int, max_samples: int | None, packing: str
+) -> TextDataset:
+    """Tokenised documents, one after the other, cut into rows."""
     size = tokenizer_size(tokenizer)
     flat, starts, characters = _join(encoded, tokenizer.eos_token_id, size)
     rows = min(len(flat) // block_length, max_samples or len(flat))

@@ -1,13 +1,12 @@
 """Scoring a trained model: the figures of each family."""
 
 from .classification import predict, score_classifier
-from .images import check_scoring, compare_images, sample_images, score
+from .images import check_scoring, sample_images, score
 from .table import format_figures
 from .text import generate_text, prompt_tokens, score_text
 
 __all__ = [
     "check_scoring",
-    "compare_images",
     "format_figures",
     "generate_text",
     "predict",

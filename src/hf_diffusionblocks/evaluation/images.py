@@ -94,6 +94,36 @@ def score(
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(test), generator=generator) for _ in range(-(-count // len(test)))])[:count]
     labels = test.labels[order]
+    sampled, guessed, seconds = _sampled_features(model, recipe, labels, network, classifier, seed, vae, progress)
+    figures: dict[str, Any] = {
+        "held_out_loss": held_out.total,
+        "held_out_loss_standard_error": held_out.standard_error,
+        "held_out_loss_per_range": held_out.per_range,
+        "num_samples": count,
+        "guidance_scale": settings.guidance_scale,
+        "num_inference_steps": recipe.sampling.num_inference_steps,
+        "sampling_seconds": seconds,
+    }
+    figures |= compare_features(sampled, _features_of(test, network, vae, settings.batch_size), network)
+    if classifier is not None:
+        from ..metrics import ClassAgreement
+
+        figures |= ClassAgreement(classifier).compute(predictions=guessed, references=labels)
+    return figures
+
+
+def _sampled_features(
+    model: BlockedDiTModel,
+    recipe: Recipe,
+    labels: Tensor,
+    network: Any,
+    classifier: Any,
+    seed: int,
+    vae: Any,
+    progress: bool,
+) -> tuple[Tensor, Tensor | None, float]:
+    """Features of samples with these labels, the classes that a classifier takes them for, and seconds of sampling."""
+    settings = recipe.evaluation
     sampled, guessed, seconds = [], [], 0.0
     pipe, stream = BlockedDiTPipeline(model, vae=vae), torch.Generator().manual_seed(seed)
     for part in tqdm(labels.split(settings.batch_size), desc="sampling", disable=not progress, unit="batch"):
@@ -113,21 +143,7 @@ def score(
         sampled.append(network(images))  # a batch at a time: the images of all samples may not fit into memory
         if classifier is not None:
             guessed.append(classifier.predict(images))
-    figures: dict[str, Any] = {
-        "held_out_loss": held_out.total,
-        "held_out_loss_standard_error": held_out.standard_error,
-        "held_out_loss_per_range": held_out.per_range,
-        "num_samples": count,
-        "guidance_scale": settings.guidance_scale,
-        "num_inference_steps": recipe.sampling.num_inference_steps,
-        "sampling_seconds": seconds,
-    }
-    figures |= compare_features(torch.cat(sampled), _features_of(test, network, vae, settings.batch_size), network)
-    if classifier is not None:
-        from ..metrics import ClassAgreement
-
-        figures |= ClassAgreement(classifier).compute(predictions=torch.cat(guessed), references=labels)
-    return figures
+    return torch.cat(sampled), torch.cat(guessed) if guessed else None, seconds
 
 
 def _pixels(dataset: ImageDataset, rows: list[int], vae: Any) -> Tensor:
@@ -152,11 +168,6 @@ def decoded(dataset: ImageDataset, vae: Any, max_samples: int, batch_size: int =
     parts = [_pixels(dataset, rows[i : i + batch_size], vae) for i in rows[::batch_size]]
     pixels = torch.cat([part.add(1).mul(127.5).round().to(torch.uint8) for part in parts])
     return ImageDataset(pixels, dataset.labels[rows], dataset.class_names)
-
-
-def compare_images(samples: Tensor, real: Tensor, network: Any) -> dict[str, Any]:
-    """Distances between two sets of images [N, channels, height, width] in [-1, 1], under a feature network."""
-    return compare_features(network(samples), network(real), network)
 
 
 def compare_features(sampled: Tensor, reference: Tensor, network: Any) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The table of figures as text."""
 
+import math
 from typing import Any
 
 
@@ -7,11 +8,17 @@ def format_figures(figures: dict[str, Any]) -> str:
     """The table of figures as text."""
     lines = []
     for name, value in figures.items():
-        if isinstance(value, float):
-            value = f"{value:.4g}" if abs(value) < 1e5 else f"{value:.3e}"
-        elif isinstance(value, list):
-            value = ", ".join(f"{v:.4g}" if isinstance(v, float) else str(v) for v in value)
+        if isinstance(value, (list, tuple)):
+            text = ", ".join(_short(v) for v in value)
         elif isinstance(value, dict):
-            value = ", ".join(f"{k}: {v}" for k, v in value.items())
-        lines.append(f"{name.replace('_', ' '):<36}{value}")
+            text = ", ".join(f"{k}: {v}" for k, v in value.items())
+        else:
+            text = f"{value:.3e}" if isinstance(value, float) and 1e5 <= abs(value) < math.inf else _short(value)
+        lines.append(f"{name.replace('_', ' '):<36}{text}")
     return "\n".join(lines)
+
+
+def _short(value: Any) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "not known"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,18 +1,8 @@
 """Config of blocked causal language models."""
 
-from typing import Any
-
-from transformers import PreTrainedConfig
-
-from .categorical_config import (
-    CONTEXTS,
-    INITIALIZATIONS,
-    READOUTS,
-    CategoricalConfig,
-    check_base_settings,
-    complete_transformers_config,
-    fields_of,
-)
+from .base_config import fields_of
+from .categorical_config import CategoricalConfig
+from .language_config import LanguageConfigMixin, complete_language_config
 
 # The paper's settings (arXiv 2506.14202, App. B and E.4), as one preset.
 PRESETS = {
@@ -27,22 +17,10 @@ PRESETS = {
 }
 
 
-_SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
-# Settings that change what flows between the modules of a decoder.
-_OUTSIDE = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "final_logit_softcapping")
 _MEND = "Models built like Llama, Mistral, Qwen2 and Qwen3 can be cut."
 
 
-class BlockedCausalLMConfig(CategoricalConfig):
+class BlockedCausalLMConfig(LanguageConfigMixin, CategoricalConfig):
     """Config of ``BlockedForCausalLM``: a ``CategoricalConfig`` whose base is a transformers decoder.
 
     Example:
@@ -54,25 +32,8 @@ class BlockedCausalLMConfig(CategoricalConfig):
 
     model_type = "blocked_causal_lm"
 
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        base = self.make_base_config()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name, None) is None:
-                setattr(self, name, getattr(base, name, None))
-        self.tie_word_embeddings = False  # the head is tied by the forward pass, not by sharing parameters
-
     def complete_base_config(self, base_config: dict) -> dict:
         return complete_language_config(base_config, _MEND)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The base's config, which ``generate`` builds its cache from."""
-        return self.make_base_config()
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens."""
-        return int(self.base_config["vocab_size"])
 
     @property
     def max_position_embeddings(self) -> int:
@@ -85,37 +46,6 @@ class BlockedCausalLMConfig(CategoricalConfig):
         return bool(self.base_config.get("tie_word_embeddings", False))
 
 
-def complete_language_config(base_config: dict, mend: str) -> dict:
-    """The config of a transformers language model with its defaults filled in, without what names a checkpoint.
-
-    Args:
-        base_config: with its ``model_type``.
-        mend: the sentence that names the models that can be cut.
-
-    Raises:
-        ValueError: for one that does not describe a model that can be cut into blocks of layers.
-    """
-    full = complete_transformers_config(base_config, _SIZES, "a decoder", "llama", mend)
-    for name in _OUTSIDE:
-        if full.get(name) not in (None, 1):
-            raise ValueError(
-                f"a model of type {full['model_type']!r} with {name}={full[name]} cannot be cut: it acts outside "
-                f"the layers' modules. {mend}"
-            )
-    return full
-
-
 def config_fields() -> frozenset[str]:
     """Settings of a blocked language model besides its base and number of blocks."""
     return fields_of(BlockedCausalLMConfig)
-
-
-__all__ = [
-    "CONTEXTS",
-    "INITIALIZATIONS",
-    "PRESETS",
-    "READOUTS",
-    "BlockedCausalLMConfig",
-    "check_base_settings",
-    "config_fields",
-]

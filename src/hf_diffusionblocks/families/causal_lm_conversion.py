@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from .base_loading import empty_base
+
 if TYPE_CHECKING:
     from .causal_lm import BlockedForCausalLM
 
@@ -90,28 +92,6 @@ def check_same_function(base: PreTrainedModel, model: "BlockedForCausalLM") -> N
         )
 
 
-def resize_vocabulary(
-    model: "BlockedForCausalLM", tokens: int | None, pad_to_multiple_of: int | None, mean_resizing: bool
-) -> None:
-    """Give the embeddings and all heads another number of rows; see ``resize_token_embeddings``."""
-    missing = sorted(set(range(model.partition.num_blocks)) - set(model.resident_blocks))
-    if missing:
-        raise ValueError(
-            f"blocks {missing} are not loaded, and their heads would keep {model.config.vocab_size} tokens: load all "
-            "blocks to resize the vocabulary."
-        )
-    old = model.embed_tokens
-    new = model._get_resized_embeddings(old, tokens, pad_to_multiple_of, mean_resizing)
-    model.embed_tokens = new.requires_grad_(old.weight.requires_grad)
-    size = new.weight.shape[0]
-    for b in model.resident_blocks:
-        module, head = model.block(b), model.block(b).lm_head
-        if head is not None:
-            resized = model._get_resized_lm_head(head, size, mean_resizing=mean_resizing)
-            module.lm_head = resized.requires_grad_(head.weight.requires_grad)
-    model.config.base_config = model.config.base_config | {"vocab_size": size}
-
-
 def decoder_of(model: "BlockedForCausalLM") -> PreTrainedModel:
     """The transformers causal language model whose layers a cascade's blocks hold; see ``to_base``."""
     if model.config.two_stream or (model.config.context != "cascade" and model.partition.num_blocks > 1):
@@ -120,13 +100,7 @@ def decoder_of(model: "BlockedForCausalLM") -> PreTrainedModel:
             "back as one decoder: its blocks do not feed each other, or read noisy targets. Only readout='clean' with "
             "context='cascade' (or one block) can."
         )
-    config = model.config.make_base_config()
-    config._attn_implementation = model.config._attn_implementation
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-    base = base.to_empty(device=model.device).to(model.dtype)
-    base.init_weights()
-    base.tie_weights()
+    base = empty_base(AutoModelForCausalLM.from_config, model.config.make_base_config(), model)
     with torch.no_grad():
         base.base_model.embed_tokens.weight.copy_(model.embed_tokens.weight)
         for b in range(model.partition.num_blocks):

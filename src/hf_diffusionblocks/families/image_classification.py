@@ -42,10 +42,9 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 
-from ..agreement import hub_name, weights_digest
 from ..conditioning import Modulation
 from ..noise import equal_probability_grid
-from .base_loading import part_settings
+from .base_loading import convert
 from .categorical import BlockedCategoricalModel
 from .categorical_config import family_settings
 from .image_checks import check_image_batch, check_images, check_labels, labels_of_dataset
@@ -177,7 +176,9 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         with torch.autocast(logits.device.type, enabled=False):
             return logits.softmax(-1) @ self.target_table(logits.dtype)
 
-    def check_input(self, z: Tensor, pixel_values: Tensor | None = None) -> None:
+    def check_input(  # type: ignore[override]  # a label is denoised given its image
+        self, z: Tensor, pixel_values: Tensor | None = None
+    ) -> None:
         """Raise a ``ValueError`` for images or noisy labels of another shape than the model's."""
         if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != self.config.hidden_size:
             shape = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
@@ -187,7 +188,9 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         if len(check_images(self.config, pixel_values)) != len(z):
             raise ValueError(f"{len(pixel_values)} images for {len(z)} noisy labels: give one image per label.")
 
-    def _denoise(self, z: Tensor, sigma: Tensor, block: int, *, pixel_values: Tensor) -> Tensor:
+    def _denoise(  # type: ignore[override]
+        self, z: Tensor, sigma: Tensor, block: int, *, pixel_values: Tensor
+    ) -> Tensor:
         """D_b = sum_k p_k e_k: the posterior mean of the label's embedding (arXiv 2506.14202, App. B)."""
         z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
         hidden = self.start_of(block, {"pixel_values": check_images(self.config, pixel_values)})
@@ -195,7 +198,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
 
     # -- the classifier ------------------------------------------------------------------------------------------
 
-    def forward(
+    def forward(  # type: ignore[override]  # images, as transformers' models
         self,
         pixel_values: Float[Tensor, "batch channels height width"],
         labels: Int[Tensor, "batch"] | None = None,
@@ -248,7 +251,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         if self.config.context == "independent":
             block = 0 if block is None else block
             self.partition.check_block(block)
-            chain = (block,)
+            chain: tuple[int, ...] = (block,)
         elif block in (None, last):
             chain = tuple(range(last + 1))
         else:
@@ -268,7 +271,8 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         for name, value in (("num_inference_steps", steps), ("num_draws", draws)):
             check_count(name, value)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        levels = equal_probability_grid(steps, self.partition.noise).tolist()
+        noise: Any = self.partition.noise  # of sigma
+        levels = equal_probability_grid(steps, noise).tolist()
         contexts = self._contexts(pixel_values, {self.partition.block_of(level) for level in levels})
         ends, count = [], len(pixel_values)
         for _ in range(draws):
@@ -315,7 +319,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         for layer in (*module.layers, *module.auxiliary_layers):
             yield from (layer.attention, layer.mlp)  # with a noisy label, no layer is called as a whole
 
-    def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:
+    def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:  # type: ignore[override]  # no settings
         batch = {
             "pixel_values": torch.zeros(batch_size, self.config.num_channels, *self.config.image_size),
             "class_labels": torch.zeros(batch_size, dtype=torch.int64),
@@ -353,23 +357,13 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         Raises:
             ValueError: if the base cannot be cut, or a setting is not allowed.
         """
-        base_model = hub_name(base)
-        loading, settings = part_settings(base, settings)
-        if isinstance(base, (str, os.PathLike)):
-            base = AutoModelForImageClassification.from_pretrained(base, **loading)
-        if isinstance(base, (Mapping, PreTrainedConfig)):
-            return cls(cls.config_from(base, num_blocks, preset=preset, **settings))
-        config = cls.config_from(base.config, num_blocks, preset=preset, **{"pretrained": True, **settings})
-        config.base_model, config.base_revision = base_model, weights_digest(base.state_dict())
-        config._attn_implementation = base.config._attn_implementation
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to_empty(device=base.device).to(base.dtype)
-        model._init_seed = 0
-        model.init_weights()
-        copy_weights(base, model)
-        check_same_function(base, model)
-        return model.train(base.training)
+
+        def fill(base: PreTrainedModel, model: BlockedForImageClassification) -> None:
+            copy_weights(base, model)
+            check_same_function(base, model)
+
+        settings["preset"] = preset
+        return convert(cls, base, num_blocks, settings, load=AutoModelForImageClassification.from_pretrained, fill=fill)
 
     @classmethod
     def config_from(

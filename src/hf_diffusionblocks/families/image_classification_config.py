@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..config_checks import MAX_POSITIONS
-from .categorical_config import CategoricalConfig, complete_transformers_config, fields_of
+from .base_config import complete_transformers_config, fields_of
+from .categorical_config import CategoricalConfig
 
 # The paper's settings (arXiv 2506.14202, section 4 and App. E), as one preset.
 PRESETS = {

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from .base_loading import empty_base
 from .image_classification_block import ANATOMIES, classifier_class
 from .image_classification_config import MEND
 
@@ -68,12 +69,8 @@ def classifier_of(model: "BlockedForImageClassification") -> PreTrainedModel:
             "with context='cascade' (or one block) can."
         )
     config = model.config.make_base_config()
-    config._attn_implementation = model.config._attn_implementation
     config.id2label, config.label2id = dict(model.config.id2label), dict(model.config.label2id)
-    with torch.device("meta"):
-        base = classifier_class(config)._from_config(config)
-    base = base.to_empty(device=model.device).to(model.dtype)
-    base.init_weights()
+    base = empty_base(classifier_class(config)._from_config, config, model)
     targets = ANATOMIES[model.config.base_config["model_type"]].layers_of(base)
     with torch.no_grad():
         base.base_model.embeddings.load_state_dict(model.block(0).embeddings.state_dict())

@@ -10,7 +10,7 @@ it is tied to the table. So with B = 1 the model is the base, bit for bit.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,20 +20,19 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, PreTrained
 from transformers import initialization as init
 from transformers.modeling_outputs import MaskedLMOutput
 
-from ..agreement import hub_name, weights_digest
 from ..losses import linear_cross_entropy, linear_logits
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
-from .base_loading import part_settings
-from .causal_lm_checks import IGNORED, check_some_target, check_tokens
-from .causal_lm_config import check_base_settings
-from .causal_lm_conversion import resize_vocabulary
+from .base_config import check_base_settings
+from .base_loading import convert
+from .causal_lm_checks import IGNORED, check_some_target
 from .masked_lm_block import MaskedLMBlock, RateModulation
 from .masked_lm_config import BlockedMaskedLMConfig, check_mask_token, config_fields
 from .masked_lm_conversion import base_of_block, copy_weights, find_base, mask_token_of
+from .token_table import TokenTableMixin
 
 
-class BlockedForMaskedLM(BlockedPreTrainedModel):
+class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
     """A masked language model cut into blocks that are trained alone.
 
     Example:
@@ -52,13 +51,7 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = False
 
-    def __init__(self, config: BlockedMaskedLMConfig, blocks: Sequence[int] | None = None):
-        super().__init__(config, blocks)
-
     # -- building ------------------------------------------------------------------------------------------------
-
-    def make_shared(self) -> None:
-        self.embed_tokens = nn.Embedding(self.config.vocab_size, self.config.hidden_size)
 
     def make_block(self, block: int) -> MaskedLMBlock:
         return MaskedLMBlock(self.config, self.partition.layers(block), self.config._attn_implementation)
@@ -79,12 +72,6 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
             if name is not None:
                 setattr(module, name, None)
 
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embed_tokens
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        self.embed_tokens = value
-
     def get_output_embeddings(self) -> nn.Module | None:
         """The head's matrix if it is tied to the embeddings; None where each block has its own."""
         return self.embed_tokens if self.config.tied_head else None
@@ -102,18 +89,9 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
         Raises:
             ValueError: if not all blocks are loaded, or the mask token would be cut off.
         """
-        if new_num_tokens is not None or pad_to_multiple_of is not None:
-            if new_num_tokens is not None:
-                check_mask_token(self.config.mask_token_id, new_num_tokens)
-            resize_vocabulary(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
-            for b in self.resident_blocks:
-                module, old = self.block(b), self.block(b).head_bias
-                if old is not None:
-                    new = old.new_full((self.config.vocab_size,), float(old.detach().mean()))
-                    kept = min(len(new), len(old))
-                    new[:kept] = old.detach()[:kept]
-                    module.head_bias = nn.Parameter(new, requires_grad=old.requires_grad)
-        return self.embed_tokens
+        if new_num_tokens is not None:
+            check_mask_token(self.config.mask_token_id, new_num_tokens)
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     # -- a block -------------------------------------------------------------------------------------------------
 
@@ -210,16 +188,16 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
     ) -> tuple[Tensor, int]:
         if sigma is None:
             sigma = self.hidden_share(z, attention_mask)
-        sigma = torch.as_tensor(sigma, device=z.device, dtype=torch.float32)
-        if sigma.shape not in ((), z.shape[:1]):
-            raise ValueError(f"sigma has shape {list(sigma.shape)}: give a mask rate or one per row, [{len(z)}].")
-        sigma = sigma.expand(len(z))
+        rate = torch.as_tensor(sigma, device=z.device, dtype=torch.float32)
+        if rate.shape not in ((), z.shape[:1]):
+            raise ValueError(f"sigma has shape {list(rate.shape)}: give a mask rate or one per row, [{len(z)}].")
+        rate = rate.expand(len(z))
         if block is None:
-            return sigma, self._single_block(sigma)
-        self.partition.check_sigma(sigma)
-        return sigma, block
+            return rate, self._single_block(rate)
+        self.partition.check_sigma(rate)
+        return rate, block
 
-    def forward(
+    def forward(  # type: ignore[override]  # tokens, as transformers' models
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,
@@ -256,7 +234,11 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
         rate = self.hidden_share(input_ids, attention_mask) if mask_rate is None else mask_rate
         rate = torch.as_tensor(rate, dtype=torch.float32, device=input_ids.device).expand(len(input_ids))
         owners = self.partition.block_of(rate) if block is None else torch.full_like(input_ids[:, 0], block)
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        given: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+        }
         given = {k: v if len(v) == len(rate) else v.expand(len(rate), -1) for k, v in given.items() if v is not None}
         logits, losses = None, []
         for b in owners.unique().tolist():
@@ -279,18 +261,8 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
 
     # -- training data -------------------------------------------------------------------------------------------
 
-    def check_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None, **given: Tensor | None) -> None:
-        """Raise a ``ValueError`` for tokens, positions or labels that do not fit the model."""
-        check_tokens(self.config, input_ids, attention_mask, None, **given)
-
     def check_batch(self, batch: dict[str, Tensor]) -> None:
-        """Raise a ``ValueError`` for a training batch that does not fit the model."""
-        if "input_ids" not in batch:
-            raise ValueError(
-                f"a batch holds {sorted(batch)}; the trainer needs 'input_ids'. Load it with load_text_dataset."
-            )
-        also = {name: batch.get(name) for name in ("position_ids", "labels")}
-        self.check_tokens(batch["input_ids"], batch.get("attention_mask"), **also)
+        super().check_batch(batch)
         if bool((batch["input_ids"] == self.config.mask_token_id).all()):
             raise ValueError(
                 f"every token of the batch is the mask token, {self.config.mask_token_id}: give clean text, which "
@@ -300,7 +272,9 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
     def layer_modules(self, block: int) -> Iterator[nn.Module]:
         yield from self.block(block).layers()
 
-    def dummy_batch(self, batch_size: int, tokens: int | None = None) -> dict[str, Tensor]:
+    def dummy_batch(  # type: ignore[override]  # a family names its settings
+        self, batch_size: int, tokens: int | None = None
+    ) -> dict[str, Tensor]:
         tokens = tokens or min(256, self.config.max_position_embeddings)
         clean = 0 if self.config.mask_token_id else 1
         return {"input_ids": torch.full((batch_size, tokens), clean, dtype=torch.int64)}
@@ -331,23 +305,11 @@ class BlockedForMaskedLM(BlockedPreTrainedModel):
         Raises:
             ValueError: if the base cannot be cut, has no mask token, or a setting is not allowed.
         """
-        base_model = hub_name(base)
-        loading, settings = part_settings(base, settings)
-        if isinstance(base, (str, os.PathLike)):
-            settings = {"mask_token_id": mask_token_of(base, loading), **settings}
-            base = find_base(base, loading)
-        if isinstance(base, (Mapping, PreTrainedConfig)):
-            return cls(cls.config_from(base, num_blocks, **settings))
-        config = cls.config_from(base.config, num_blocks, **{"pretrained": True, **settings})
-        config.base_model, config.base_revision = base_model, weights_digest(base.state_dict())
-        config._attn_implementation = base.config._attn_implementation
-        with torch.device("meta"):
-            model = cls(config)
-        model = model.to_empty(device=base.device).to(base.dtype)
-        model._init_seed = 0
-        model.init_weights()
-        copy_weights(base, model)
-        return model.train(base.training)
+
+        def beside(base: str | os.PathLike, loading: Mapping[str, Any]) -> dict[str, Any]:
+            return {"mask_token_id": mask_token_of(base, loading)}
+
+        return convert(cls, base, num_blocks, settings, load=find_base, fill=copy_weights, named=beside)
 
     @classmethod
     def config_from(

@@ -1,17 +1,14 @@
 """Config of blocked masked diffusion language models."""
 
-from collections.abc import Sequence
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-from ..configuration import DiffusionBlocksConfig
 from ..masking import SCHEDULES, MaskNoise, MaskSchedule, make_schedule
 from ..partition import BlockPartition
 from ..suggest import unknown_name
-from .categorical_config import fields_of
-from .causal_lm_config import complete_language_config
+from .base_config import TransformersBaseConfig, check_noise_embedding_dim, fields_of
+from .language_config import LanguageConfigMixin, complete_language_config
 
 # Ways to cut the mask rate: equal shares, or edges by hand. Its logarithm has no lower end.
 PARTITIONS = ("equal_probability", "explicit")
@@ -23,7 +20,7 @@ _ADD_A_TOKEN = (
 )
 
 
-class BlockedMaskedLMConfig(DiffusionBlocksConfig):
+class BlockedMaskedLMConfig(LanguageConfigMixin, TransformersBaseConfig):
     """Config of ``BlockedForMaskedLM``: ``DiffusionBlocksConfig`` and
 
     Its noise level is the mask rate ``m = 1 - alpha``, in [0, 1]; ``edges`` and ``overlap`` are in units of m, and
@@ -62,11 +59,6 @@ class BlockedMaskedLMConfig(DiffusionBlocksConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        base = self.make_base_config()
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(self, name, None) is None:
-                setattr(self, name, getattr(base, name, None))
-        self.tie_word_embeddings = False  # the head is tied by the forward pass, not by sharing parameters
         check_mask_token(self.mask_token_id, self.vocab_size)
 
     def _make_partition(self) -> BlockPartition:
@@ -78,10 +70,12 @@ class BlockedMaskedLMConfig(DiffusionBlocksConfig):
             raise ValueError(f"preconditioning={self.preconditioning!r} has no meaning where tokens are masked.")
         if self.noise:
             raise ValueError(f"noise={self.noise} has no meaning where tokens are masked: cut the mask rate by edges.")
-        dim = self.noise_embedding_dim
-        if isinstance(dim, bool) or not isinstance(dim, int) or dim < 2 or dim % 2:
-            raise ValueError(f"noise_embedding_dim={dim!r} must be an even whole number of at least 2.")
-        shape = {"noise": MaskNoise(), "overlap": self.overlap, "layers_per_block": self.layers_per_block}
+        check_noise_embedding_dim(self.noise_embedding_dim)
+        shape: dict[str, Any] = {
+            "noise": MaskNoise(),
+            "overlap": self.overlap,
+            "layers_per_block": self.layers_per_block,
+        }
         if self.edges is None:
             if self.partition == "explicit":
                 raise ValueError("partition='explicit' needs edges: B + 1 mask rates from 1 down to 0.")
@@ -105,39 +99,6 @@ class BlockedMaskedLMConfig(DiffusionBlocksConfig):
     def make_schedule(self) -> MaskSchedule:
         """alpha(t)."""
         return make_schedule(self.schedule)
-
-    def make_base_config(self, layers: Sequence[int] | None = None) -> PreTrainedConfig:
-        """The base's config; with ``layers``, that of a network of these layers of the base."""
-        values = dict(self.base_config)
-        if layers is not None:
-            values["num_hidden_layers"] = len(layers)
-            for name in ("layer_types", "no_rope_layers"):
-                if values.get(name):
-                    values[name] = [values[name][i] for i in layers]
-        return AutoConfig.for_model(**values)
-
-    def get_text_config(self, *args: Any, **kwargs: Any) -> PreTrainedConfig:
-        """The base's config."""
-        return self.make_base_config()
-
-    @property
-    def num_layers(self) -> int:
-        return int(self.base_config["num_hidden_layers"])
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """L."""
-        return self.num_layers
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of tokens, the mask token among them."""
-        return int(self.base_config["vocab_size"])
-
-    @property
-    def hidden_size(self) -> int:
-        """d, the width."""
-        return int(self.base_config["hidden_size"])
 
     @property
     def max_position_embeddings(self) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from .base_loading import empty_base
 from .masked_lm_block import ModulatedLayer, layers_of
 from .masked_lm_config import MEND
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from .masked_lm import BlockedForMaskedLM
 
 
-def find_base(name: str | os.PathLike, loading: Mapping[str, Any]) -> PreTrainedModel:
+def find_base(name: str | os.PathLike, **loading: Any) -> PreTrainedModel:
     """A pretrained base: its masked-language-model class, or the causal one of a decoder."""
     hub = {k: v for k, v in loading.items() if k != "dtype"}
     kind = AutoConfig.from_pretrained(name, **hub).model_type
@@ -25,10 +26,14 @@ def find_base(name: str | os.PathLike, loading: Mapping[str, Any]) -> PreTrained
 
 
 def mask_token_of(name: str | os.PathLike, loading: Mapping[str, Any]) -> int | None:
-    """Id of the mask token of the tokenizer beside a base; None if there is no tokenizer or it has none."""
+    """Id of the mask token of the tokenizer beside a base; None if there is no tokenizer or it has none.
+
+    Where there are no files of a tokenizer, transformers makes one of special tokens alone: that is none.
+    """
     hub = {k: v for k, v in loading.items() if k != "dtype"}
     try:
-        return AutoTokenizer.from_pretrained(name, **hub).mask_token_id
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+        return tokenizer.mask_token_id if len(tokenizer) > len(tokenizer.all_special_ids) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -134,12 +139,7 @@ def base_of_block(model: "BlockedForMaskedLM", block: int | None) -> PreTrainedM
         raise ValueError("the layers are told the mask rate (time_conditioning), which the base's class cannot be.")
     module, layers = model.block(block), model.partition.layers(block)
     made = config.make_base_config(layers)
-    made._attn_implementation = config._attn_implementation
-    with torch.device("meta"):
-        base = AutoModelForMaskedLM.from_config(made)
-    base = base.to_empty(device=model.device).to(model.dtype)
-    base.init_weights()
-    base.tie_weights()
+    base = empty_base(AutoModelForMaskedLM.from_config, made, model)
     table, head = base.get_input_embeddings(), base.get_output_embeddings()
     state, own = base.state_dict(), module.network.state_dict()
     missing = own.keys() - state.keys()

@@ -25,9 +25,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..losses import Pairs, linear_cross_entropy, linear_logits
 from ..suggest import unknown_name
+from .base_config import check_base_settings
 from .causal_lm import BlockedForCausalLM
 from .causal_lm_checks import STOP_STRING_TOOLS, check_keywords, check_some_target
-from .causal_lm_config import check_base_settings
 from .recurrent_block import Places, RecurrentBlock, has_values
 from .recurrent_config import PRESETS, BlockedRecurrentConfig, check_recurrences, config_fields
 from .recurrent_walk import unrolled, walk

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..partition import BlockPartition
 from ..suggest import unknown_name
-from .categorical_config import fields_of
+from .base_config import fields_of
 from .causal_lm_config import BlockedCausalLMConfig
 
 NOISE_PER = ("row", "token")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..masking import MaskNoise
 from ..partition import BlockPartition
+from ..units import human_bytes
 from .style import BLOCK_COLORS, axes_figure, block_color, line_style, name_block, text_color
 
 if TYPE_CHECKING:
@@ -122,15 +123,6 @@ def memory_figure(plan: Any) -> "Figure":
 
 def _name_row(row: Any) -> str:
     return str(row.method) if row.block is None else f"{row.method}, block\N{NO-BREAK SPACE}{row.block}"
-
-
-def human_bytes(count: float) -> str:
-    """Bytes in binary units with three digits: ``1.5 KiB``, ``340 MiB``."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 999.5 or unit == "TiB":
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    raise AssertionError("unreachable")
 
 
 def losses_figure(run_dir: Path, unit: str | None = None, whole: str = "all noise levels") -> "Figure":

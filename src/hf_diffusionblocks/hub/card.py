@@ -11,8 +11,6 @@ from ..families.masked_lm_config import BlockedMaskedLMConfig
 from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 
-PAPER = "https://arxiv.org/abs/2506.14202"
-
 _TEMPLATE = """---
 {{ card_data }}
 ---

@@ -12,16 +12,34 @@ from ..recipes import Recipe
 from ..recipes.families import FAMILIES
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
-from .common import Say, check_model_path, ends_the_run, family_of, pick_device, read_recipe_of, say_report
-from .images import build_trainer, load_data, sample
-from .masked_text import sample_masked
-from .text import sample_text
+from .bases import family_for, preview, refusals_name_the_families
+from .classification import ClassifierRun
+from .common import (
+    Say,
+    check_model_path,
+    ends_the_run,
+    family_of,
+    new_directory,
+    pick_device,
+    read_recipe_of,
+    say_report,
+)
+from .images import ImageRun, build_trainer, load_data, sample
+from .masked_text import MaskedTextRun, sample_masked
+from .run import Run
+from .text import CausalTextRun, sample_text
 
 JOBS: dict[str, ModuleType] = {
     "images": images,
     "classification": classification,
     "masked_text": masked_text,
     "text": text,
+}
+RUNS: dict[str, type[Run]] = {
+    "images": ImageRun,
+    "classification": ClassifierRun,
+    "masked_text": MaskedTextRun,
+    "text": CausalTextRun,
 }
 
 
@@ -56,14 +74,12 @@ def train(
     Returns:
         The directory of the saved model.
     """
-    settings: dict[str, Any] = {"blocks": blocks, "resume": resume, "report": report, "say": say}
-    if recipe.kind.cascades:
-        settings["lower"] = lower
-    elif lower is not None:
+    if lower is not None and not recipe.kind.cascades:
         raise ValueError(
             f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
         )
-    model_dir = _of(recipe.family).train(recipe, **settings)
+    run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say)
+    model_dir = run.train(resume)
     if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
         say_report(model_dir.parent, say)
     return model_dir
@@ -92,16 +108,38 @@ def evaluate(
     return _of(recipe.family).evaluate(model_dir, recipe, output, seed, say)
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
-    """``diffusionblocks convert``: cut a pretrained model into blocks and save it."""
+def convert(
+    base: str,
+    output_dir: str,
+    settings: dict[str, Any],
+    say: Say = print,
+    *,
+    family: str | None = None,
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """``diffusionblocks convert``: cut a pretrained model into blocks and save it; returns what ``--json`` prints.
+
+    Args:
+        base: directory or Hub id of a pretrained model.
+        output_dir: a new directory.
+        settings: fields of the blocked model's config, and how to load the base.
+        say: prints.
+        family: where the base may be cut in more than one way, as a decoder into a recurrent core.
+        dry_run: say what would be written, and load no weight.
+    """
     if (base.startswith((".", "/", "~")) or base.count("/") > 1) and not Path(base).is_dir():
         raise ValueError(f"there is no directory {base}: give a pretrained model's directory or its id on the Hub.")
-    family = family_of(base, **hub_settings(settings))
+    family = family_for(base, family, **hub_settings(settings))
     allowed = FAMILIES[family].block_fields | {*LOADING}
     for name in settings:
         if name not in allowed:
             raise ValueError(unknown_name("setting", name, allowed))
-    return _of(family).convert(base, output_dir, settings, say)
+    new_directory(output_dir)
+    with refusals_name_the_families():
+        if dry_run:
+            return preview(base, output_dir, family, settings, say)
+        kind = {"kind": FAMILIES[family].model_class} if FAMILIES[family].job == "text" else {}
+        return {"model": str(_of(family).convert(base, output_dir, settings, say, **kind)), "family": family}
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:

@@ -12,6 +12,7 @@ from typing import Any
 from ..compute import TrainingCompute
 from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..families.recurrent_config import BlockedRecurrentConfig
+from .planning import compute_values
 
 # Where the small model stops to win, and where it has certainly stopped: tokens read per parameter of its layers, at
 # equal memory and compute. From docs/experiments.md (the crossing of the curves "blocked" and "end to end, small");
@@ -84,7 +85,7 @@ def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallMod
         f"Do blocks pay here? In the memory of one block, a model of {small.layers} layers can be trained end to end, "
         f"and for the compute of the blocks it gets {small.updates:.2f} times their updates."
     )
-    if small.tokens is None:
+    if small.tokens is None or small.tokens_per_parameter is None:
         return (
             f"{head} Whether it saturates depends on how long that is: set training.max_steps to see. Below "
             f"{SMALL_MODEL_WINS_BELOW} tokens per parameter of its layers the small model won our comparisons, above "
@@ -113,10 +114,7 @@ def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallMod
 def advice_values(cost: TrainingCompute, small: SmallModel) -> Mapping[str, Any]:
     """The figures behind ``advice``, JSON-ready."""
     return {
-        "flops_per_update_of_every_block": cost.flops,
-        "flops_per_end_to_end_update": cost.end_to_end,
-        "compute_ratio": cost.ratio,
-        "flops_per_block": [block.flops for block in cost.blocks],
+        **compute_values(cost),
         "small_model_layers": small.layers,
         "small_model_updates_per_update_of_every_block": small.updates,
         "small_model_tokens_per_parameter": small.tokens_per_parameter,

@@ -18,7 +18,7 @@ from ..evaluation import format_figures
 from ..merging import merge_run
 from ..recipes.families import FAMILIES
 from ..report import write_report
-from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME, UPDATES_NAME, find_jobs
+from ..run_names import RECIPE_NAME, UPDATES_NAME, find_jobs
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
@@ -92,6 +92,7 @@ def planned(args: DiffusionBlocksTrainingArguments) -> dict[str, Any]:
         "mixed_precision": args.mixed_precision,
         "use_ema": args.use_ema,
         "optim": args.optim,
+        "optim_args": args.optim_args,
         "gradient_release": args.gradient_release,
     }
 
@@ -171,7 +172,7 @@ def say_figures(figures: dict[str, Any], output: str | None, say: Say) -> None:
     """Print a table of figures, and write them to a JSON file if one is named."""
     say(format_figures(figures))
     if output is not None:
-        serialization.write_json(Path(output), figures)
+        serialization.write_figures(Path(output), figures)
         say(f"written to {output}")
 
 
@@ -181,6 +182,3 @@ def say_where(pictures: Iterable[tuple[str, Path]], model_dir: Path, usage: Iter
         say(f"{what + ':':<32}{path}")
     for line in ("", f"saved model: {model_dir}", "load it:", *(f"    {line}" for line in usage)):
         say(line)
-
-
-__all__ = ["FIGURES_DIR", "FIGURES_NAME", "MODEL_DIR", "RECIPE_NAME"]  # of the run's files, which all families write

@@ -3,14 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..data import ImageDataset, load_image_dataset
 from ..families.dit import BlockedDiTModel
 from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
-from ..training.parallel import my_blocks
-from ..training.residency import construction
+from ..training.arguments import DiffusionBlocksTrainingArguments
+from . import building
 
 # Side and channels of the images, in the section model.
 _SHAPE = {"dit": ("sample_size", "in_channels"), "image_classification": ("image_size", "num_channels")}
@@ -78,11 +76,7 @@ def _names(data: ImageDataset) -> str:
 
 def check_classes(data: ImageDataset, model: BlockedDiTModel) -> None:
     """Raise a ``ValueError`` for data with more classes than the model has."""
-    if data.num_classes > model.config.num_classes:
-        raise ValueError(
-            f"the data have {data.num_classes} classes and the model {model.config.num_classes} (class_labels 0 to "
-            f"{model.config.num_classes - 1}): set model.num_embeds_ada_norm={data.num_classes}."
-        )
+    building.check_classes(data, model.config.num_classes, "class_labels", "model.num_embeds_ada_norm")
 
 
 def build_trainer(
@@ -93,24 +87,21 @@ def build_trainer(
     blocks: list[int] | None = None,
     callbacks: list[Any] | None = None,
 ) -> DiffusionBlocksTrainer:
-    """The trainer of a recipe. The model's initial weights follow from the training seed."""
-    args = recipe.training_arguments()
-    args.blocks = blocks
-    held = my_blocks(recipe.config(), args)
-    with torch.random.fork_rng(devices=[]), construction(args):
-        torch.manual_seed(args.seed)
-        model = recipe.build_model(held)
-    check_classes(train, model)
-    if train.class_names and len(train.class_names) == model.config.num_classes:
-        model.config.id2label = dict(enumerate(train.class_names))
-        model.config.label2id = {name: i for i, name in enumerate(train.class_names)}
-    teacher = None
-    if args.distillation_weight > 0:
-        if "base" not in recipe.model:
-            raise ValueError("training.distillation_weight needs model.base, the pretrained network to distil from.")
+    """The trainer of a recipe; see ``building.make_trainer``."""
+
+    def prepare(model: BlockedDiTModel) -> None:
+        check_classes(train, model)
+        building.name_classes(model, train)
+
+    def load_teacher(args: DiffusionBlocksTrainingArguments) -> BlockedDiTModel | None:
+        if args.distillation_weight <= 0:
+            return None
         settings = {k: v for k, v in recipe.blocks.items() if k not in ("num_blocks", "layers_per_block", "edges")}
-        teacher = BlockedDiTModel.from_base(recipe.model["base"], num_blocks=1, **settings)
-    return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
+        return BlockedDiTModel.from_base(building.base_to_distil(recipe), num_blocks=1, **settings)
+
+    return building.make_trainer(
+        recipe, train, held_out, prepare=prepare, load_teacher=load_teacher, blocks=blocks, callbacks=callbacks
+    )
 
 
 def load_vae(recipe: Recipe) -> Any:

@@ -6,193 +6,131 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import serialization
 from ..baselines.end_to_end import resolve_method
-from ..data import ImageDataset, cache_latents, open_image_dataset
-from ..evaluation import check_scoring, format_figures, sample_images, score
+from ..data import cache_latents, open_image_dataset
+from ..evaluation import check_scoring, sample_images, score
 from ..families.base_loading import hub_settings
 from ..families.dit import BlockedDiTModel
 from ..families.dit_conversion import load_components
-from ..hub import model_card, write_model_card
+from ..memory import MemoryPlan
 from ..modeling import format_block_parameters
 from ..pipelines import BlockedDiTPipeline, decode_latents
 from ..recipes import Recipe
-from ..training.checkpoint import find_checkpoints
-from .common import (
-    FIGURES_DIR,
-    FIGURES_NAME,
-    MODEL_DIR,
-    RECIPE_NAME,
-    Say,
-    check_output,
-    loading,
-    merge_jobs,
-    new_directory,
-    pick_device,
-    planned,
-    say_figures,
-    say_where,
-    trainer_says,
-)
+from ..training import DiffusionBlocksTrainer
+from .common import Say, check_output, loading, new_directory, pick_device, say_figures
+from .image_advice import image_advice
 from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_source, load_data, load_vae
+from .planning import planned_memory
+from .run import Pictures, Run
+from .sample_files import write_samples
 
 
 def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     """``diffusionblocks plan``; see ``hf_diffusionblocks.jobs.plan``."""
-    from ..memory import plan_memory
-
     recipe = resolve_method(recipe)
     config = recipe.config()
-    args = recipe.training_arguments()
-    table = plan_memory(config, **planned(args))
+    table = planned_memory(config, recipe)
     with torch.device("meta"):
         model = BlockedDiTModel(config)
     say(format_block_parameters(model))
     say("")
     say(str(table))
-    return table.to_dict()
+    lines, advised = image_advice(recipe, config)
+    for line in ("", *lines):
+        say(line)
+    return table.to_dict() | advised
 
 
-def train(
-    recipe: Recipe,
-    *,
-    blocks: list[int] | None = None,
-    resume: bool = True,
-    report: bool = True,
-    say: Say = print,
-) -> Path:
-    """``diffusionblocks train``; see ``hf_diffusionblocks.jobs.train``."""
-    from ..plots import SampleGridCallback
+class ImageRun(Run):
+    """A run of a model of images."""
 
-    recipe = resolve_method(recipe)
-    output = Path(recipe.training_arguments().output_dir)
-    train_data, test_data = load_data(recipe)
-    vae = load_vae(recipe) if train_data.is_latent or recipe.sampling.vae else None
-    if train_data.is_latent and vae is None:
-        say("the data are latents, and sampling.vae names no VAE: the model will be saved, but not sampled and scored.")
-        report = False
-    if report and blocks is None:
-        check_scoring(recipe, test_data)
-    callbacks = []
-    if recipe.sampling.every > 0 and blocks is None and not (train_data.is_latent and vae is None):
-        callbacks.append(
-            SampleGridCallback(
-                recipe.sampling.every,
-                list(range(min(10, train_data.num_classes))),
-                recipe.sampling.num_inference_steps,
-                recipe.sampling.guidance_scale,
-                recipe.training_arguments().seed,
-                vae,
+    def load(self) -> None:
+        self.recipe = resolve_method(self.recipe)
+        self.train_data, self.test_data = load_data(self.recipe)
+        is_latent = self.train_data.is_latent
+        self.vae = load_vae(self.recipe) if is_latent or self.recipe.sampling.vae else None
+        self.draws = not is_latent or self.vae is not None
+        if not self.draws:
+            self.say(
+                "the data are latents, and sampling.vae names no VAE: the model will be saved, but not sampled and "
+                "scored."
             )
+            self.report = False
+        if self.reports:
+            check_scoring(self.recipe, self.test_data)
+
+    def build_trainer(self) -> DiffusionBlocksTrainer:
+        from ..plots import SampleGridCallback
+
+        callbacks, sampling = [], self.recipe.sampling
+        if sampling.every > 0 and self.blocks is None and self.draws:
+            callbacks.append(
+                SampleGridCallback(
+                    sampling.every,
+                    list(range(min(10, self.train_data.num_classes))),
+                    sampling.num_inference_steps,
+                    sampling.guidance_scale,
+                    self.recipe.training_arguments().seed,
+                    self.vae,
+                )
+            )
+        return build_trainer(self.recipe, self.train_data, self.test_data, blocks=self.blocks, callbacks=callbacks)
+
+    def save_beside(self, model: BlockedDiTModel, directory: Path) -> None:
+        BlockedDiTPipeline(model, vae=self.vae).save_components(directory)
+
+    def draw(self, model: BlockedDiTModel, folder: Path) -> Pictures:
+        from .. import plots
+
+        recipe, seed = self.recipe, self.recipe.training_arguments().seed
+        if self.vae is not None:
+            self.vae.to(model.device)
+        classes = min(10, self.train_data.num_classes)
+        labels = torch.arange(classes).repeat_interleave(8)
+        images = sample_images(
+            BlockedDiTPipeline(model, vae=self.vae),
+            labels,
+            num_inference_steps=recipe.sampling.num_inference_steps,
+            guidance_scale=recipe.sampling.guidance_scale,
+            solver=recipe.sampling.solver,
+            grid=recipe.sampling.grid,
+            seed=seed,
         )
-    trainer = build_trainer(recipe, train_data, test_data, blocks=blocks, callbacks=callbacks)
-    say = trainer_says(trainer, say)
-    output.mkdir(parents=True, exist_ok=True)
-    resumed = resume and bool(find_checkpoints(trainer.output_dir))
-    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {trainer.output_dir}")
-    say(format_block_parameters(trainer.model))
-    if trainer.group.is_leader:
-        serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
-    summary = trainer.train(resume_from_checkpoint=resume)
-    seconds = summary["training_seconds"]
-    model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
-    if not trainer.group.is_leader:
-        return model_dir
-    BlockedDiTPipeline(trainer.model, vae=vae).save_components(model_dir)
-    _write_card(trainer.model, recipe, model_dir, {"training_seconds": seconds})
-    say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
-    reported = (trainer.model, recipe, train_data, test_data, output, summary, vae, say)
-    if trainer.is_job:
-        merged = merge_jobs(output, summary, say)
-        if merged is None:
-            return model_dir
-        model_dir, model = merged, BlockedDiTModel.from_pretrained(merged).to(trainer.model.device)
-        if report:
-            write_report(model, *reported[1:])
-    elif report and blocks is None and not trainer.group.sharded:
-        with trainer.averaged_weights():
-            write_report(*reported)
-    elif report and blocks is None:
-        write_report(BlockedDiTModel.from_pretrained(model_dir).to(trainer.model.device), *reported[1:])
-    return model_dir
+        samples = plots.save_sample_grid(images, labels, folder / "samples.png", self.train_data.class_names)
+        steps = record_denoising(model, torch.arange(min(4, classes)), recipe, seed=seed, vae=self.vae)
+        return [
+            ("samples per class", samples),
+            ("one batch through the blocks", plots.plot_denoising(steps, model.partition, folder / "denoising.png")),
+            ("the partition", plots.plot_partition(model.partition, folder / "partition.png")),
+        ]
 
+    def score(self, model: BlockedDiTModel) -> dict[str, Any]:
+        return score(
+            model,
+            self.recipe,
+            self.train_data,
+            self.test_data,
+            cache_dir=self.output / "cache",
+            seed=self.recipe.training_arguments().seed,
+            vae=self.vae,
+            progress=True,
+        )
 
-def write_report(
-    model: BlockedDiTModel,
-    recipe: Recipe,
-    train_data: ImageDataset,
-    test_data: ImageDataset,
-    output: Path,
-    summary: dict[str, Any],
-    vae: Any = None,
-    say: Say = print,
-) -> dict[str, Any]:
-    """Pictures and a table of figures of a trained model, under ``output/figures``."""
-    from .. import plots
-    from ..memory import plan_memory
+    def plot(self, model: BlockedDiTModel, figures: dict[str, Any], memory: MemoryPlan, folder: Path) -> Pictures:
+        from .. import plots
 
-    folder = output / FIGURES_DIR
-    folder.mkdir(parents=True, exist_ok=True)
-    args = recipe.training_arguments()
-    if vae is not None:
-        vae.to(model.device)
-    pictures = []
-    classes = min(10, train_data.num_classes)
-    labels = torch.arange(classes).repeat_interleave(8)
-    images = sample_images(
-        BlockedDiTPipeline(model, vae=vae),
-        labels,
-        num_inference_steps=recipe.sampling.num_inference_steps,
-        guidance_scale=recipe.sampling.guidance_scale,
-        solver=recipe.sampling.solver,
-        grid=recipe.sampling.grid,
-        seed=args.seed,
-    )
-    pictures.append(
-        ("samples per class", plots.save_sample_grid(images, labels, folder / "samples.png", train_data.class_names))
-    )
-    steps = record_denoising(model, torch.arange(min(4, classes)), recipe, seed=args.seed, vae=vae)
-    pictures.append(
-        ("one batch through the blocks", plots.plot_denoising(steps, model.partition, folder / "denoising.png"))
-    )
-    pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
-    memory = plan_memory(model.config, **planned(args), alternatives=False)
-    pictures.append(("memory", plots.plot_memory(memory, folder / "memory.png")))
-    pictures.append(("losses", plots.plot_losses(output, folder / "losses.png")))
-    figures = score(
-        model, recipe, train_data, test_data, cache_dir=output / "cache", seed=args.seed, vae=vae, progress=True
-    )
-    figures |= {"training_seconds": summary["training_seconds"], "updates_per_block": summary["updates_per_block"]}
-    serialization.write_json(folder / FIGURES_NAME, figures)
-    _write_card(model, recipe, output / MODEL_DIR, figures)
-    say("")
-    say(str(memory))
-    say("")
-    say(format_figures(figures))
-    say("")
-    say_where(pictures, output / MODEL_DIR, usage_lines(output / MODEL_DIR, classes), say)
-    return figures
+        return [
+            ("memory", plots.plot_memory(memory, folder / "memory.png")),
+            ("losses", plots.plot_losses(self.output, folder / "losses.png")),
+        ]
 
-
-def usage_lines(model_dir: Path, num_classes: int) -> list[str]:
-    """The lines of Python that load a saved model and sample from it."""
-    return [
-        "from hf_diffusionblocks import BlockedDiTPipeline",
-        f"pipe = BlockedDiTPipeline.from_pretrained({str(model_dir)!r})",
-        f"images = pipe({list(range(min(4, num_classes)))}, num_inference_steps=50).images",
-    ]
-
-
-def _write_card(model: BlockedDiTModel, recipe: Recipe, model_dir: Path, figures: dict[str, Any]) -> None:
-    card = model_card(
-        model,
-        title=recipe.name,
-        usage="\n".join(usage_lines(model_dir, model.config.num_classes)),
-        training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k != "output_dir"}},
-        figures=figures,
-        dataset=recipe.data.name,
-    )
-    write_model_card(model_dir, card)
+    def usage_lines(self, model_dir: Path) -> list[str]:
+        labels = list(range(min(4, self.train_data.num_classes)))
+        return [
+            "from hf_diffusionblocks import BlockedDiTPipeline",
+            f"pipe = BlockedDiTPipeline.from_pretrained({str(model_dir)!r})",
+            f"images = pipe({labels}, num_inference_steps=50).images",
+        ]
 
 
 @torch.no_grad()
@@ -275,20 +213,13 @@ def sample(
         class_labels = list(range(min(10, pipe.model.config.num_classes)))
     labels = torch.tensor(class_labels).repeat_interleave(per_class)
     pipe.model.check_input(torch.empty(len(labels), *pipe.sample_shape), class_labels=labels)
-    images = sample_images(
-        pipe,
-        labels,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        solver=solver,
-        grid=grid,
-        seed=seed,
-        progress=True,
-    )
-    paths = []
-    for i, picture in enumerate(pipe.numpy_to_pil(images.permute(0, 2, 3, 1).numpy())):
-        paths.append(folder / f"{i:05d}-class-{int(labels[i])}.png")
-        picture.save(paths[-1])
+    walk = {
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "solver": solver,
+        "grid": grid,
+    }
+    images, paths = write_samples(pipe, labels, folder, torch.Generator().manual_seed(seed), **walk)
     grid_path = plots.save_sample_grid(images, labels, folder / "grid.png", names)
     say(f"{len(paths)} images in {folder}; together in {grid_path}")
     return paths

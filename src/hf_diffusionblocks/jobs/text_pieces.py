@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data import load_documents, load_text_dataset, load_tokenizer
@@ -17,8 +16,9 @@ from ..recipes import Recipe
 from ..recipes.families import BYTES, FAMILIES
 from ..recipes.sections import TRAINED_TOKENIZERS
 from ..training import DiffusionBlocksTrainer
-from ..training.residency import construction
-from .cascade_jobs import held_blocks, how_to_mend, take_lower_blocks
+from ..training.arguments import DiffusionBlocksTrainingArguments
+from .building import make_trainer
+from .cascade_jobs import take_lower_blocks
 from .common import family_of, loading, pick_device
 
 # A tokenizer that is trained on a stream sees this many documents of its beginning.
@@ -125,42 +125,30 @@ def build_trainer(
     lower: str | None = None,
     callbacks: list[Any] | None = None,
 ) -> DiffusionBlocksTrainer:
-    """The trainer of a language model's recipe. The model's initial weights follow from the training seed.
+    """The trainer of a language model's recipe; see ``building.make_trainer``."""
 
-    Args:
-        recipe: with its method resolved.
-        train: rows.
-        held_out: rows, or None.
-        tokenizer: of the rows.
-        blocks: train these only. A cascade's job also holds the blocks below them, which it runs forward.
-        lower: directory of a saved model with the trained blocks below.
-        callbacks: of the trainer.
+    def prepare(model: BlockedForCausalLM) -> None:
+        if lower is not None and blocks:
+            _take_lower_blocks(model, lower, min(blocks), tokenizer)
 
-    Raises:
-        ValueError: for a tokenizer or rows that do not fit the model, or a job that cannot be.
-    """
-    args = recipe.training_arguments()
-    config = recipe.config(tokenizer=tokenizer)
-    held = held_blocks(config, args, blocks, lower)
-    with torch.random.fork_rng(devices=[]), construction(args):
-        torch.manual_seed(args.seed)
-        model = recipe.build_model(held, tokenizer)
-    if lower is not None:
-        _take_lower_blocks(model, lower, min(blocks), tokenizer)
-    teacher = None
-    if args.distillation_weight > 0 or args.hidden_weight > 0:
+    def load_teacher(args: DiffusionBlocksTrainingArguments) -> Any:
+        if args.distillation_weight <= 0 and args.hidden_weight <= 0:
+            return None
         if "base" not in recipe.model:
             raise ValueError(
                 "training.distillation_weight and training.hidden_weight need model.base, the pretrained network to "
                 "learn from."
             )
-        teacher = AutoModelForCausalLM.from_pretrained(recipe.model["base"])
-    try:
-        return DiffusionBlocksTrainer(model, args, train, held_out, teacher=teacher, callbacks=callbacks)
-    except ValueError as error:
-        if blocks is not None:
-            raise ValueError(f"{error}{how_to_mend(str(error), blocks)}") from error
-        raise
+        return AutoModelForCausalLM.from_pretrained(recipe.model["base"])
+
+    made: dict[str, Any] = {
+        "prepare": prepare,
+        "load_teacher": load_teacher,
+        "blocks": blocks,
+        "lower": lower,
+        "callbacks": callbacks,
+    }
+    return make_trainer(recipe, train, held_out, tokenizer=tokenizer, **made)
 
 
 def _take_lower_blocks(
@@ -179,7 +167,13 @@ def _take_lower_blocks(
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save a tokenizer beside a model, each file written beside its final name and renamed."""
+    """Save a tokenizer beside a model, each file written beside its final name and renamed.
+
+    Raises:
+        ValueError: for one of special tokens alone, which transformers makes where there are no files of a tokenizer.
+    """
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ValueError("its files are not there")
     with tempfile.TemporaryDirectory(prefix=".tokenizer.", dir=directory) as temporary:
         tokenizer.save_pretrained(temporary)
         for path in Path(temporary).iterdir():

@@ -1,117 +1,172 @@
-"""What training and converting is for every family of language models."""
+"""What training, converting and evaluating is for every family of language models."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer
 
 from .. import serialization
 from ..baselines.end_to_end import resolve_method
+from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import tokenizer_size
-from ..families.base_loading import hub_settings
-from ..modeling import BlockedPreTrainedModel, format_block_parameters
+from ..memory import MemoryPlan
+from ..modeling import BlockedPreTrainedModel
 from ..recipes import Recipe
-from ..training.checkpoint import find_checkpoints
-from .common import MODEL_DIR, RECIPE_NAME, Say, merge_jobs, new_directory, trainer_says
-from .text_pieces import build_trainer, load_data, make_tokenizer, save_tokenizer
+from ..training import DiffusionBlocksTrainer
+from .common import Say, check_output, say_figures
+from .conversion import convert_base
+from .run import Pictures, Run
+from .text_pieces import (
+    build_trainer,
+    load_data,
+    load_held_out,
+    load_model,
+    make_tokenizer,
+    planned_vocabulary,
+    save_tokenizer,
+)
 
 
-@dataclass(frozen=True)
-class TextRun:
-    """What a family does at the ends of a run.
+class TextRun(Run):
+    """A run of a language model. Its samples continue, or fill, the prompts of the recipe."""
 
-    Attributes:
-        check_prompt: raises a ``ValueError`` for a prompt that cannot be gone on from, before any training: of config,
-            tokenizer, prompt and the recipe's section ``sampling``.
-        write_report: of model, tokenizer, recipe, held-out rows, the run's directory, its summary, and what prints.
-        write_card: of model, recipe, the model's directory and figures.
-        parts: lines that name parts of a model.
+    loss_unit: str  # of the curves of a report
+    task: str  # of the Hub
+
+    # -- what a family defines -----------------------------------------------------------------------------------
+
+    def check_prompt(self, config: DiffusionBlocksConfig, prompt: str) -> None:
+        """Raise a ``ValueError`` for a prompt that cannot be gone on from."""
+        raise TypeError(f"{type(self).__name__} must define check_prompt().")
+
+    def write_text(self, model: BlockedPreTrainedModel, prompt: str, seed: int) -> str:
+        """A sample of a trained model."""
+        raise TypeError(f"{type(self).__name__} must define write_text().")
+
+    def how(self) -> str:
+        """How samples are drawn, in words."""
+        raise TypeError(f"{type(self).__name__} must define how().")
+
+    def shown(self, prompt: str, text: str) -> str:
+        """What of a sample's beginning is the prompt, for a picture."""
+        return prompt
+
+    def plot_bits(self, model: BlockedPreTrainedModel, figures: dict[str, Any], folder: Path) -> Pictures:
+        """Pictures of bits per character by block."""
+        raise TypeError(f"{type(self).__name__} must define plot_bits().")
+
+    # -- the steps of a run --------------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        recipe = self.recipe
+        self.tokenizer = make_tokenizer(recipe)
+        self.train_data, self.test_data = load_data(recipe, self.tokenizer)
+        vocab_size = recipe.model.get("vocab_size") or tokenizer_size(self.tokenizer)
+        self.recipe = resolve_method(recipe, vocab_size, len(self.train_data))
+
+    def build_trainer(self) -> DiffusionBlocksTrainer:
+        data = (self.train_data, self.test_data, self.tokenizer)
+        return build_trainer(self.recipe, *data, blocks=self.blocks, lower=self.lower)
+
+    def check(self, model: BlockedPreTrainedModel) -> None:
+        for prompt in self.recipe.sampling.prompts if self.reports else ():
+            self.check_prompt(model.config, prompt)
+
+    def data_lines(self, model: BlockedPreTrainedModel) -> list[str]:
+        rows = f"{len(self.train_data)} rows of {self.recipe.data.block_length} tokens"
+        return [f"text: {rows}, vocabulary {model.config.vocab_size}; held out: {len(self.test_data)} rows"]
+
+    def parts(self, model: BlockedPreTrainedModel) -> list[str]:
+        return shared_parts(model)
+
+    def save_beside(self, model: BlockedPreTrainedModel, directory: Path) -> None:
+        save_tokenizer(self.tokenizer, directory)
+
+    def plot(
+        self, model: BlockedPreTrainedModel, figures: dict[str, Any], memory: MemoryPlan, folder: Path
+    ) -> Pictures:
+        from .. import plots
+
+        seed = self.recipe.training_arguments().seed
+        prompts = enumerate(self.recipe.sampling.prompts)
+        self.samples = [(prompt, self.write_text(model, prompt, seed + i)) for i, prompt in prompts]
+        lines = "\n\n".join(text for _, text in self.samples) + "\n"
+        serialization.atomic_write(folder / "samples.txt", lambda path: path.write_text(lines, encoding="utf-8"))
+        drawn = [(self.shown(prompt, text), text) for prompt, text in self.samples]
+        title = f"{self.recipe.name}: {self.how()}"
+        return [
+            ("losses", plots.plot_losses(self.output, folder / "losses.png", self.loss_unit, "whole model")),
+            *self.plot_bits(model, figures, folder),
+            ("memory", plots.plot_memory(memory, folder / "memory.png")),
+            ("samples", plots.plot_text_samples(drawn, folder / "samples.png", title)),
+        ]
+
+    def sample_lines(self) -> list[str]:
+        return [f"sample ({self.how()}):", "", self.samples[0][1], ""]
+
+    def card_settings(self) -> dict[str, Any]:
+        return {"pipeline_tag": self.task, "base_model": self.recipe.model.get("base")}
+
+
+def shared_parts(model: BlockedPreTrainedModel) -> list[str]:
+    """A line that names a model's shared parts."""
+    shared = ", ".join(f"{name} {parameter.numel():,}" for name, parameter in model.shared_parameters())
+    return [f"shared by all blocks: {shared}"]
+
+
+def planned_text(recipe: Recipe) -> tuple[Recipe, DiffusionBlocksConfig]:
+    """The recipe that really runs and its model's config, for a plan.
+
+    Raises:
+        ValueError: for rows that are longer than the model's positions.
     """
+    vocab_size = planned_vocabulary(recipe)
+    recipe = resolve_method(recipe, vocab_size)
+    config = recipe.config(vocab_size)
+    if recipe.data.block_length > config.max_position_embeddings:
+        raise ValueError(
+            f"data.block_length={recipe.data.block_length} tokens are more than the model's "
+            f"{config.max_position_embeddings} positions: set a smaller data.block_length."
+        )
+    return recipe, config
 
-    check_prompt: Callable[..., None]
-    write_report: Callable[..., dict[str, Any]]
-    write_card: Callable[..., None]
-    parts: Callable[..., list[str]]
 
-
-def train_text(
-    recipe: Recipe,
-    run: TextRun,
-    *,
-    blocks: list[int] | None = None,
-    lower: str | None = None,
-    resume: bool = True,
-    report: bool = True,
-    say: Say = print,
-) -> Path:
-    """``diffusionblocks train`` of a language model; see ``hf_diffusionblocks.jobs.train``."""
-    tokenizer, kind = make_tokenizer(recipe), recipe.kind.model_class
-    train_data, test_data = load_data(recipe, tokenizer)
-    recipe = resolve_method(recipe, recipe.model.get("vocab_size") or tokenizer_size(tokenizer), len(train_data))
-    output = Path(recipe.training_arguments().output_dir)
-    trainer = build_trainer(recipe, train_data, test_data, tokenizer, blocks=blocks, lower=lower)
-    for prompt in recipe.sampling.prompts if report and (blocks is None or lower is not None) else ():
-        run.check_prompt(trainer.model.config, tokenizer, prompt, recipe.sampling)
-    say = trainer_says(trainer, say)
-    output.mkdir(parents=True, exist_ok=True)
-    resumed = resume and bool(find_checkpoints(trainer.output_dir))
-    say(f"{'going on with' if resumed else 'training'} {recipe.name} ({recipe.method}) in {trainer.output_dir}")
-    rows = f"{len(train_data)} rows of {recipe.data.block_length} tokens"
-    say(f"text: {rows}, vocabulary {trainer.model.config.vocab_size}; held out: {len(test_data)} rows")
-    for line in (format_block_parameters(trainer.model), *run.parts(trainer.model)):
-        say(line)
-    if trainer.group.is_leader:
-        serialization.write_json(output / RECIPE_NAME, recipe.to_dict())
-    summary = trainer.train(resume_from_checkpoint=resume)
-    model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
-    if not trainer.group.is_leader:
-        return model_dir
-    save_tokenizer(tokenizer, model_dir)
-    seconds = summary["training_seconds"]
-    run.write_card(trainer.model, recipe, model_dir, {"training_seconds": seconds})
-    say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
-    whole = len(trainer.model.resident_blocks) == trainer.model.partition.num_blocks
-    reported = (tokenizer, recipe, test_data, output, summary, say)
-    if trainer.is_job:
-        merged = merge_jobs(output, summary, say)
-        if merged is None:
-            return model_dir
-        model_dir, model = merged, kind.from_pretrained(merged).to(trainer.model.device)
-        if report:
-            run.write_report(model.eval(), *reported)
-    elif report and whole and (blocks is None or lower is not None):
-        if trainer.group.sharded:
-            run.write_report(kind.from_pretrained(model_dir).to(trainer.model.device).eval(), *reported)
-        else:
-            with trainer.averaged_weights():
-                run.write_report(trainer.model, *reported)
-    return model_dir
+def chosen_sampling(sampling: Any, prompts: list[str] | None, settings: dict[str, Any]) -> Any:
+    """A recipe's section ``sampling`` with the prompts and settings that are given."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    if prompts is not None:
+        given["prompts"] = prompts
+    return replace(sampling, **given)
 
 
 def convert_text(
     kind: type[BlockedPreTrainedModel],
-    parts: Callable[..., list[str]],
     base: str,
     output_dir: str,
     settings: dict[str, Any],
+    parts: Callable[..., list[str]] = shared_parts,
     say: Say = print,
 ) -> Path:
     """``diffusionblocks convert`` of a language model: cut it into blocks and save it with its tokenizer."""
-    target = new_directory(output_dir)
-    hub = hub_settings(settings)
-    if PreTrainedConfig.get_config_dict(base, **hub)[0].get("model_type") == kind.config_class.model_type:
-        raise ValueError(f"{base} has been cut into blocks already: give the base that it was made from.")
-    try:
-        model = kind.from_base(base, **settings)
-    except OSError as error:
-        raise ValueError(f"{base} cannot be loaded: {error}") from error
-    model.save_pretrained(target)
-    try:
-        save_tokenizer(AutoTokenizer.from_pretrained(base, **hub), target)
-    except (OSError, ValueError, KeyError) as error:
-        say(f"no tokenizer could be loaded from {base} ({' '.join(str(error).split())}): none was saved.")
-    for line in (format_block_parameters(model), *parts(model), f"saved in {target}"):
-        say(line)
-    return target
+
+    def save_beside(base: str, directory: Path, **hub: Any) -> None:
+        save_tokenizer(AutoTokenizer.from_pretrained(base, **hub), directory)
+
+    return convert_base(
+        kind, base, output_dir, settings, beside="tokenizer", save_beside=save_beside, parts=parts, say=say
+    )
+
+
+def evaluate_text(
+    score: Callable[..., dict[str, Any]], model_dir: str, recipe: Recipe, output: str | None, seed: int, say: Say
+) -> dict[str, Any]:
+    """``diffusionblocks evaluate`` of a language model; ``score`` is of model, rows, tokenizer and settings."""
+    check_output(output)
+    model, tokenizer = load_model(model_dir)
+    test_data = load_held_out(recipe, tokenizer)
+    model.check_batch(test_data[[0]])
+    figures = score(model, test_data, tokenizer, recipe.evaluation, seed=seed)
+    say_figures(figures, output, say)
+    return figures

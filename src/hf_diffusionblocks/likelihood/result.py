@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..strict_json import known
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -42,9 +44,9 @@ class Likelihood:
         return math.exp(self.nats_per_token) if self.nats_per_token < 700 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """All figures, the derived ones too, for JSON."""
+        """All figures, the derived ones too, for JSON: None for those that are NaN or infinite."""
         derived = ("bits_per_token", "bits_per_character", "perplexity")
-        return asdict(self) | {name: getattr(self, name) for name in derived}
+        return known(asdict(self) | {name: getattr(self, name) for name in derived})
 
 
 @dataclass(frozen=True)

@@ -128,14 +128,14 @@ def _ngrams(tokens: Tokens, n: int) -> list[tuple[Any, ...]]:
     return [tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1)]
 
 
-def distinct(texts: list[tuple[Any, ...]], n: int) -> float:
+def distinct(texts: list[tuple[Any, ...]], n: int) -> float | None:
     grams = [gram for tokens in texts for gram in _ngrams(tokens, n)]
-    return len(set(grams)) / len(grams) if grams else math.nan
+    return len(set(grams)) / len(grams) if grams else None
 
 
-def repetition(texts: list[tuple[Any, ...]], n: int) -> float:
+def repetition(texts: list[tuple[Any, ...]], n: int) -> float | None:
     per_text = [1 - len(set(grams)) / len(grams) for tokens in texts if (grams := _ngrams(tokens, n))]
-    return math.fsum(per_text) / len(per_text) if per_text else math.nan
+    return math.fsum(per_text) / len(per_text) if per_text else None
 
 
 def self_bleu(texts: list[tuple[Any, ...]], n: int) -> float:
@@ -229,7 +229,7 @@ class DistinctN(_NGramMetric):
     """Share of n-grams that are distinct, over the whole set of texts (arXiv 1510.03055); higher is more diverse.
 
     Distinct n-grams divided by all n-grams; no n-gram reaches over two texts. The share falls as texts are added, so
-    compare equal numbers of tokens. The result holds ``distinct_<n>`` for each n (NaN where no text has n tokens),
+    compare equal numbers of tokens. The result holds ``distinct_<n>`` for each n (None where no text has n tokens),
     ``num_texts``, ``num_tokens`` and ``tokenizer``.
 
     Args:
@@ -258,7 +258,7 @@ class Repetition(_NGramMetric):
     better.
 
     1 - distinct n-grams of the text / its n-grams; texts of fewer than n tokens have none and are left out. The result
-    holds ``repetition`` (NaN where every text is too short), ``repetition_n``, ``num_scored``, ``num_texts``,
+    holds ``repetition`` (None where every text is too short), ``repetition_n``, ``num_scored``, ``num_texts``,
     ``num_tokens`` and ``tokenizer``. Arguments and errors as for ``DistinctN``; the usual n is 4 (seq-rep-4).
     """
 

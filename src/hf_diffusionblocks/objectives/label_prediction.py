@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..augmentation import RandAugment
 from ..batches import fetch
 from ..families.image_classification import BlockedForImageClassification
 from .exact_gradient import ExactGradient
@@ -29,6 +30,7 @@ class LabelPrediction:
         distillation_weight: share of the Kullback-Leibler divergence from the teacher's distribution in the loss; the
             data's cross-entropy has the rest.
         horizontal_flip: mirror each image with probability 1/2, from the block's own random stream.
+        rand_augment: then change it by RandAugment with its defaults, from the same stream.
 
     Raises:
         ValueError: for a weight outside [0, 1], or one that needs a teacher and has none.
@@ -37,6 +39,7 @@ class LabelPrediction:
     teacher: Any = None
     distillation_weight: float = 0.0
     horizontal_flip: bool = False
+    rand_augment: bool = False
 
     def __post_init__(self) -> None:
         freeze_teacher(self.teacher, self.distillation_weight)
@@ -56,7 +59,7 @@ class LabelPrediction:
             block: which block.
             batch: ``pixel_values`` [batch, channels, height, width] and ``class_labels`` [batch]; perhaps
                 ``hidden_states`` [batch, positions, width], what the block's clean stream starts from.
-            generator: CPU generator of flips and noise.
+            generator: CPU generator of flips, RandAugment and noise.
         """
         batch = self.prepare(batch, generator)
         labels = batch["class_labels"]
@@ -79,20 +82,23 @@ class LabelPrediction:
         return ObjectiveResult(loss, sigma, losses.detach(), parts)
 
     def prepare(self, batch: dict[str, Tensor], generator: torch.Generator | None) -> dict[str, Tensor]:
-        """The batch with images mirrored at random.
+        """The batch with images mirrored and changed at random.
 
         Raises:
-            ValueError: if what the blocks below made of the images is at hand, which cannot be mirrored.
+            ValueError: if what the blocks below made of the images is at hand, which cannot be changed.
         """
-        if not self.horizontal_flip:
-            return batch
-        if "hidden_states" in batch:
+        changed = [name for name in ("horizontal_flip", "rand_augment") if getattr(self, name)]
+        if changed and "hidden_states" in batch:
             raise ValueError(
-                "horizontal_flip=True with hidden_states of the images as they are: use lower_outputs='recompute'."
+                f"{changed[0]}=True with hidden_states of the images as they are: use lower_outputs='recompute'."
             )
         images = batch["pixel_values"]
-        flip = torch.rand(len(images), generator=generator, device="cpu").to(images.device) < 0.5
-        return batch | {"pixel_values": torch.where(flip[:, None, None, None], images.flip(-1), images)}
+        if self.horizontal_flip:
+            flip = torch.rand(len(images), generator=generator, device="cpu").to(images.device) < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
+        if self.rand_augment:
+            images = RandAugment()(images, generator)
+        return batch | {"pixel_values": images} if changed else batch
 
     @torch.no_grad()
     def held_out(

@@ -1,6 +1,5 @@
 """``diffusionblocks watch``: a run as a live page, served on the loopback address from the run's own files."""
 
-import json
 import os
 import sys
 import threading
@@ -12,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ..run_names import REPORT_NAME
+from ..strict_json import known, to_json
 from .page import TEMPLATES, announcement, live_page, page_title, sections, served_at
 from .run_state import RunReader
 
@@ -67,7 +67,7 @@ class RunServer(ThreadingHTTPServer):
                     "announcement": announcement(run),
                     "sections": sections(run, served_at, live=True),
                 }
-            return json.dumps(state).encode(), "application/json", _POLICY
+            return to_json(known(state)).encode(), "application/json", _POLICY
         if path in ("/style.css", "/watch.js"):
             kind = "text/css" if path == "/style.css" else "text/javascript"
             return (TEMPLATES / path[1:]).read_bytes(), f"{kind}; charset=utf-8", _POLICY

@@ -8,7 +8,7 @@ what is there by then. So no push takes back another's.
 import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ from .. import serialization
 from ..agreement import SAME_MODEL, first_difference
 from ..retrying import Retries, in_one_line, why_unreachable
 from ..serialization import INDEX_NAME, SHARED_NAME, block_file
+from ..strict_json import to_json
+from ..units import human_bytes
 from .block_table import CARD_NAME, LIBRARY_NAME, complete_card
+from .saved_model import SavedModel
 
 _WEIGHT_FILE = re.compile(r"shared\.safetensors|block-\d{2,}\.safetensors")
 
@@ -67,7 +70,7 @@ class Push:
         where = self.repo_id + (f" ({self.revision})" if self.revision else "")
         if self.unreached is not None:
             size = sum(f.size for f in self.files)
-            head = f"would be sent to {where}, at most ({len(self.files)} files, {size:,} bytes):"
+            head = f"would be sent to {where}, at most ({len(self.files)} files, {human_bytes(size)}):"
             end = _NOT_KNOWN.format(where=where, reason=self.unreached)
             return "\n".join([head, *map(_line, self.files), end])
         if not self.files:
@@ -77,7 +80,7 @@ class Push:
 
 
 def _line(file: SentFile) -> str:
-    return f"  {file.action:<7}{file.size:>16,} bytes  {file.name}"
+    return f"  {file.action:<7}{human_bytes(file.size):>10}  {file.name}"
 
 
 # What a dry run says if the Hub cannot be asked.
@@ -91,40 +94,19 @@ The Hub was not asked ({reason}), so these are not known:
 
 
 @dataclass(frozen=True)
-class LocalModel:
+class LocalModel(SavedModel):
     """A saved model, and which of its blocks are to be sent.
 
     Attributes:
-        directory: where it lies.
-        config: of the model.
-        index: checked.
-        blocks: to be sent.
         whole: whether these are all blocks of the model, so that everything else in the repository is replaced.
     """
 
-    directory: Path
-    config: dict[str, Any]
-    index: dict[str, Any]
-    blocks: tuple[int, ...]
     whole: bool
 
     @property
     def weight_files(self) -> list[str]:
         """Names of the weight files to be sent, what the blocks share among them."""
         return [SHARED_NAME, *(block_file(b) for b in self.blocks)]
-
-    def digest(self, name: str) -> str:
-        """SHA-256 of a weight file."""
-        return self.index["metadata"].get("sha256", {}).get(name) or serialization.sha256(self.directory / name)
-
-    def companions(self) -> Iterator[tuple[str, Path]]:
-        """Names and paths of the files beside weights, config, index and card."""
-        own = {*self.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME}
-        for path in sorted(self.directory.rglob("*")):
-            pieces = path.relative_to(self.directory).parts
-            hidden = any(piece.startswith(".") for piece in pieces)
-            if path.is_file() and not path.is_symlink() and not hidden and "/".join(pieces) not in own:
-                yield "/".join(pieces), path
 
 
 @dataclass(frozen=True)
@@ -357,7 +339,7 @@ def _merged_index(local: LocalModel, remote: RemoteModel) -> dict[str, Any]:
 
 
 def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2, sort_keys=True) + "\n"
+    return to_json(value, indent=2, sort_keys=True) + "\n"
 
 
 def _operation(name: str, content: bytes | Path | None) -> CommitOperationAdd | CommitOperationDelete:

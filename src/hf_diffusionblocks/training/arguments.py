@@ -124,6 +124,10 @@ class DiffusionBlocksTrainingArguments:
     )
     distillation_weight: float = field(default=0.0, metadata={"help": "share of the loss against a frozen base"})
     horizontal_flip: bool = field(default=False, metadata={"help": "mirror images at random"})
+    rand_augment: bool = field(
+        default=False,
+        metadata={"help": "classifiers: change images by RandAugment, 2 operations of strength 9 of 30"},
+    )
     seed: int = field(default=0, metadata={"help": "of everything random"})
     dataloader_num_workers: int = field(default=0, metadata={"help": "worker processes per block's data stream"})
     logging_steps: int = field(default=50, metadata={"help": "log every so many iterations (updates of any block)"})
@@ -181,6 +185,18 @@ class DiffusionBlocksTrainingArguments:
                 raise ValueError(f"{name}={getattr(self, name)!r} must lie in [0, 1).")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(f"save_total_limit={self.save_total_limit} must be at least 1, or None to keep all.")
+        self._check_names()
+        self._check_release()
+        try:
+            parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
+            self.make_schedule(torch.optim.SGD([parameter], lr=self.learning_rate), max(self.warmup_steps + 1, 2))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"lr_scheduler_type={self.lr_scheduler_type!r} cannot be made with "
+                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {error}. Give what transformers' schedule asks for."
+            ) from error
+
+    def _check_names(self) -> None:
         for name, allowed in (
             ("order", (None, *ORDERS)),
             ("lower_outputs", LOWER_OUTPUTS),
@@ -197,6 +213,8 @@ class DiffusionBlocksTrainingArguments:
                 raise ValueError(unknown_name(name, getattr(self, name), allowed))
         if not isinstance(self.optim_args, dict):
             raise ValueError(f"optim_args={self.optim_args!r} must be a dict, such as {{'amsgrad': True}}.")
+
+    def _check_release(self) -> None:
         if self.gradient_release and self.max_grad_norm > 0:
             raise ValueError(
                 f"gradient_release=True with max_grad_norm={self.max_grad_norm}: parameters are updated before the "
@@ -207,15 +225,6 @@ class DiffusionBlocksTrainingArguments:
                 f"gradient_release=True with gradient_accumulation_steps={self.gradient_accumulation_steps}: a "
                 "freed gradient cannot be added to. Set gradient_accumulation_steps=1, or gradient_release=False."
             )
-
-        try:
-            parameter = torch.nn.Parameter(torch.zeros(1, device="cpu"))
-            self.make_schedule(torch.optim.SGD([parameter], lr=self.learning_rate), max(self.warmup_steps + 1, 2))
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"lr_scheduler_type={self.lr_scheduler_type!r} cannot be made with "
-                f"lr_scheduler_kwargs={self.lr_scheduler_kwargs}: {error}. Give what transformers' schedule asks for."
-            ) from error
 
     def make_schedule(self, optimizer: torch.optim.Optimizer, num_updates: int) -> LRScheduler:
         """transformers' learning-rate schedule over a block's updates."""
@@ -237,6 +246,18 @@ class DiffusionBlocksTrainingArguments:
     def to_dict(self) -> dict[str, Any]:
         """All settings as plain values."""
         return asdict(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a run must keep when it goes on from a checkpoint."""
+        kept = {name: value for name, value in self.to_dict().items() if name not in RESUMABLE_CHANGES}
+        if not kept["rand_augment"]:  # older checkpoints do not know it
+            del kept["rand_augment"]
+        return kept
+
+    def objective_settings(self) -> dict[str, Any]:
+        """The settings that are the objective's."""
+        names = ("distillation_weight", "hidden_weight", "horizontal_flip", "rand_augment")
+        return {name: getattr(self, name) for name in names}
 
 
 def _name_unknown_settings(cls: type) -> type:

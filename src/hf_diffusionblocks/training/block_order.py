@@ -2,6 +2,7 @@
 
 import torch
 
+from ..configuration import DiffusionBlocksConfig
 from .arguments import DiffusionBlocksTrainingArguments
 from .data_stream import derive_seed
 
@@ -24,3 +25,10 @@ def block_schedule(
         generator = torch.Generator().manual_seed(derive_seed(args.seed, "block order"))
         plan = [plan[i] for i in torch.randperm(len(plan), generator=generator).tolist()]
     return [block for block, length in plan for _ in range(length)]
+
+
+def is_sequential(config: DiffusionBlocksConfig, args: DiffusionBlocksTrainingArguments) -> bool:
+    """Whether one block is finished before the next begins: by default a cascade's that are trained by local losses."""
+    cascade = getattr(config, "context", "independent") == "cascade"
+    order = "sequential" if cascade and args.gradient == "local" else "simultaneous"
+    return (args.order or order) == "sequential"

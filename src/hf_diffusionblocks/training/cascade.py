@@ -89,10 +89,11 @@ def check_job(
         if args.lower_outputs == "disk":
             raise ValueError("lower_outputs='disk' is for a cascade: independent blocks have no blocks below them.")
         return
-    if args.lower_outputs == "disk" and args.horizontal_flip:
+    changed = [name for name in ("horizontal_flip", "rand_augment") if getattr(args, name)]
+    if args.lower_outputs == "disk" and changed:
         raise ValueError(
-            "lower_outputs='disk' with horizontal_flip=True: what is kept is that of the images as they are. Use "
-            "lower_outputs='recompute', or no flips."
+            f"lower_outputs='disk' with {changed[0]}=True: what is kept is that of the images as they are. Use "
+            f"lower_outputs='recompute', or {changed[0]}=False."
         )
     if args.lower_outputs == "disk" and not sequential:
         raise ValueError("lower_outputs='disk' needs order='sequential': side by side, the lower blocks still change.")

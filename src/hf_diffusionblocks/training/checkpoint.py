@@ -19,9 +19,13 @@ import torch
 from torch import Tensor
 
 from .. import serialization
+from ..agreement import HISTORY
+from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..serialization import remove_tree
+from .arguments import DiffusionBlocksTrainingArguments
 from .block_trainer import BlockTrainer
+from .data_stream import data_fingerprint
 from .parallel import Group, as_sharded
 from .residency import Residency
 
@@ -178,6 +182,34 @@ def _older(checkpoint: Path) -> str:
 
 def _digest(state: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(json.loads(json.dumps(state)), sort_keys=True).encode()).hexdigest()
+
+
+def last_good(directory: Path, save_steps: int) -> str:
+    """A sentence on the last checkpoint of a run, for the error that ends it."""
+    found = find_checkpoints(directory)
+    if found:
+        return f"The last good checkpoint is {found[-1]}."
+    return f"No checkpoint had been written (save_steps={save_steps}; give a smaller one to have some)."
+
+
+def run_identity(
+    config: DiffusionBlocksConfig, args: DiffusionBlocksTrainingArguments, dataset: Any, processes: int
+) -> dict[str, Any]:
+    """What a checkpoint must agree on to be resumed: model, settings, data.
+
+    Args:
+        config: of the model.
+        args: of the run.
+        dataset: to train on.
+        processes: that share a block.
+    """
+    changing = (*HISTORY, "architectures", "dtype")
+    model = {k: v for k, v in config.to_dict().items() if k not in changing}
+    settings = args.identity()
+    data = {"num_samples": len(dataset), "fingerprint": data_fingerprint(dataset)}
+    if processes > 1:
+        settings["processes_per_block"] = processes
+    return {"model": json.loads(json.dumps(model, default=str)), "settings": settings, "data set": data}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:

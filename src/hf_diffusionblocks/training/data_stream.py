@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..batches import fetch
+from ..modeling import BlockedPreTrainedModel
 
 
 def derive_seed(*parts: Any) -> int:
@@ -116,3 +117,23 @@ def data_fingerprint(dataset: Any) -> str:
         for name in sorted(batch):
             digest.update(batch[name].detach().cpu().double().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def check_dataset(model: BlockedPreTrainedModel, dataset: Any, what: str) -> None:
+    """Raise a ``ValueError`` for a data set that is empty or does not fit a model.
+
+    Args:
+        model: checks a batch of the first samples, and what is cheap to see of all.
+        dataset: ``len()`` and ``dataset[list of indices]``.
+        what: its name in the error, such as "training".
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
+    try:
+        batch = fetch(dataset, list(range(min(4, len(dataset)))))
+        if not isinstance(batch, dict):
+            raise ValueError(f"a batch holds {type(batch).__name__}; give a dict of tensors.")
+        model.check_batch(batch)
+        model.check_dataset(dataset)
+    except ValueError as error:
+        raise ValueError(f"the {what} data set does not fit the model: {error}") from error

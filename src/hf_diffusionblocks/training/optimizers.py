@@ -10,8 +10,9 @@ gradient is complete when every use of its parameter has been passed. All optimi
 itself, so the weights are the same, bit for bit.
 """
 
+import importlib.util
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,16 +79,36 @@ def _adamw_8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def state_bytes(optim: str, shape: Sequence[int], dtype: torch.dtype) -> int:
-    """Bytes that an optimizer's state of one parameter takes, with its counter (in torch a tensor of four bytes)."""
+def check_optimizer(optim: str, optim_args: Mapping[str, Any]) -> None:
+    """Make the optimizer of one small parameter, for a plan. An 8-bit one whose library is missing is not checked.
+
+    Raises:
+        ValueError: for an entry of ``optim_args`` that it does not take.
+    """
+    if not optim_args or (optim == "adamw_8bit" and importlib.util.find_spec("bitsandbytes") is None):
+        return
+    args = DiffusionBlocksTrainingArguments(optim=optim, optim_args=dict(optim_args))
+    make_optimizer([("weight", nn.Parameter(torch.zeros(2, 2)))], args)
+
+
+def state_bytes(
+    optim: str, shape: Sequence[int], dtype: torch.dtype, optim_args: Mapping[str, Any] | None = None
+) -> int:
+    """Bytes that an optimizer's state of one parameter takes, with its counter (in torch a tensor of four bytes).
+
+    Of ``optim_args``, ``amsgrad`` of torch's AdamW is a third moment, and ``min_8bit_size`` of the 8-bit one says which
+    parameters are too small to be quantised.
+    """
+    given = optim_args or {}
     count = math.prod(shape)
     size = count * dtype.itemsize
     if optim == "adafactor":
         rows_and_columns = (count // shape[-1] + count // shape[-2]) * dtype.itemsize if len(shape) > 1 else size
         return rows_and_columns + 4
     if optim == "adamw_8bit":
-        return 2 * (4 * count if count < _SMALLEST_QUANTISED else count + 4 * math.ceil(count / _GROUP))
-    return 2 * size + 4
+        smallest = given.get("min_8bit_size", _SMALLEST_QUANTISED)
+        return 2 * (4 * count if count < smallest else count + 4 * math.ceil(count / _GROUP))
+    return (3 if given.get("amsgrad") else 2) * size + 4
 
 
 def plain_tensors(value: Any) -> Iterator[Tensor]:
@@ -141,4 +162,4 @@ class GradientRelease:
         return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
 
 
-__all__ = ["GradientRelease", "make_optimizer", "plain_tensors", "state_bytes"]
+__all__ = ["GradientRelease", "check_optimizer", "make_optimizer", "plain_tensors", "state_bytes"]

@@ -1,7 +1,6 @@
 """How far a run is and where its blocks are, in a small file beside its logs: ``diffusionblocks watch`` reads it."""
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from ..run_names import STATUS_NAME
+from ..strict_json import known, to_json
 
 _SECONDS_BETWEEN = 1.0
 
@@ -47,7 +47,7 @@ class RunStatus(TrainerCallback):
         path = Path(trainer.output_dir) / STATUS_NAME
         temporary = path.with_suffix(".tmp")
         try:
-            temporary.write_text(json.dumps(self.values(trainer, state), indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(to_json(known(self.values(trainer, state)), indent=1) + "\n", encoding="utf-8")
             os.replace(temporary, path)
         except OSError:
             with contextlib.suppress(OSError):

@@ -1,7 +1,6 @@
 """The loop over block trainers: which block steps next, logs, held-out figures, checkpoints, resuming."""
 
 import contextlib
-import json
 import os
 import time
 from functools import cached_property
@@ -12,17 +11,25 @@ from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
-from ..agreement import HISTORY
 from ..merging import merge_run
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
 from ..serialization import remove_tree
-from .arguments import RESUMABLE_CHANGES, DiffusionBlocksTrainingArguments
-from .block_order import block_schedule
+from .arguments import DiffusionBlocksTrainingArguments
+from .block_order import block_schedule, is_sequential
 from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs, mark_trained, with_gradient
-from .checkpoint import check_identity, clean_staging, find_checkpoints, load_checkpoint, read_state, write_checkpoint
-from .data_stream import data_fingerprint, fetch
+from .checkpoint import (
+    check_identity,
+    clean_staging,
+    find_checkpoints,
+    last_good,
+    load_checkpoint,
+    read_state,
+    run_identity,
+    write_checkpoint,
+)
+from .data_stream import check_dataset
 from .parallel import Group, keep_blocks, make_accelerator
 from .residency import make_residency
 from .run_files import (
@@ -94,12 +101,7 @@ class DiffusionBlocksTrainer:
         if teacher is not None:
             teacher.to(self.accelerator.device)
         self.objective = objective or default_objective(
-            model.config,
-            args.gradient or "local",
-            teacher=teacher,
-            distillation_weight=args.distillation_weight,
-            hidden_weight=args.hidden_weight,
-            horizontal_flip=args.horizontal_flip,
+            model.config, args.gradient or "local", teacher=teacher, **args.objective_settings()
         )
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
         if not self.blocks:
@@ -110,31 +112,16 @@ class DiffusionBlocksTrainer:
             self.output_dir = job_directory(self.output_dir, self.blocks)
         for block in self.blocks:
             model.check_loaded(block)
-        self._check_dataset(train_dataset, "training")
+        check_dataset(model, train_dataset, "training")
         if eval_dataset is not None:
-            self._check_dataset(eval_dataset, "held-out")
+            check_dataset(model, eval_dataset, "held-out")
         self.num_updates = args.updates_per_block(len(train_dataset), self.group.size)
-        cascade = getattr(model.config, "context", "independent") == "cascade"
-        order = "sequential" if cascade and args.gradient == "local" else "simultaneous"
-        self.sequential = (args.order or order) == "sequential"
+        self.sequential = is_sequential(model.config, args)
         check_job(model, self.blocks, args, self.sequential)
         self._prepare_model()
         self.group.share_weights(model)
         self.trainers = self.residency.trainers
-        for block in self.blocks:
-            self.residency.pin(block)
-            self.trainers[block] = BlockTrainer(
-                model,
-                block,
-                self.objective,
-                train_dataset,
-                args,
-                self.accelerator,
-                self.num_updates,
-                shared=args.train_shared == "all" or (args.train_shared == "first" and block == 0),
-                group=self.group,
-            )
-        self.residency.release()
+        self._make_trainers()
         self.schedule = block_schedule(self.blocks, self.num_updates, args, self.sequential)
         self._prepared: int | None = None
         self.iteration = 0
@@ -147,6 +134,23 @@ class DiffusionBlocksTrainer:
         self._stop = StopRequest()
         self.training_seconds = 0.0
 
+    def _make_trainers(self) -> None:
+        args = self.args
+        for block in self.blocks:
+            self.residency.pin(block)
+            self.trainers[block] = BlockTrainer(
+                self.model,
+                block,
+                self.objective,
+                self.train_dataset,
+                args,
+                self.accelerator,
+                self.num_updates,
+                shared=args.train_shared == "all" or (args.train_shared == "first" and block == 0),
+                group=self.group,
+            )
+        self.residency.release()
+
     def _prepare_model(self) -> None:
         self.model.train()
         if self.args.gradient_checkpointing:
@@ -154,18 +158,6 @@ class DiffusionBlocksTrainer:
         if self.args.torch_compile:
             for block in self.blocks:
                 self.model.block(block).compile()
-
-    def _check_dataset(self, dataset: Any, what: str) -> None:
-        if len(dataset) == 0:
-            raise ValueError(f"the {what} data set is empty. Check its name, split and filters.")
-        try:
-            batch = fetch(dataset, list(range(min(4, len(dataset)))))
-            if not isinstance(batch, dict):
-                raise ValueError(f"a batch holds {type(batch).__name__}; give a dict of tensors.")
-            self.model.check_batch(batch)
-            self.model.check_dataset(dataset)
-        except ValueError as error:
-            raise ValueError(f"the {what} data set does not fit the model: {error}") from error
 
     # -- the loop ------------------------------------------------------------------------------------------------
 
@@ -307,7 +299,7 @@ class DiffusionBlocksTrainer:
         pending, self._pending = self._pending, []
         if not pending:
             return {}
-        rows = read_rows(pending, self.iteration, self._last_checkpoint())
+        rows = read_rows(pending, self.iteration, last_good(self.output_dir, self.args.save_steps))
         if self.group.is_leader:
             append_rows(self.output_dir / UPDATES_NAME, rows)
         means = block_means(rows)
@@ -319,12 +311,6 @@ class DiffusionBlocksTrainer:
         self.state.log_history.append({"step": self.iteration, **values})
         if self.args.report_to:
             self.accelerator.log(values, step=self.iteration)
-
-    def _last_checkpoint(self) -> str:
-        found = find_checkpoints(self.output_dir)
-        if found:
-            return f"The last good checkpoint is {found[-1]}."
-        return f"No checkpoint had been written (save_steps={self.args.save_steps}; give a smaller one to have some)."
 
     # -- held-out figures ----------------------------------------------------------------------------------------
 
@@ -389,13 +375,7 @@ class DiffusionBlocksTrainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
-        changing = (*HISTORY, "architectures", "dtype")
-        config = {k: v for k, v in self.model.config.to_dict().items() if k not in changing}
-        args = {k: v for k, v in self.args.to_dict().items() if k not in RESUMABLE_CHANGES}
-        data = {"num_samples": len(self.train_dataset), "fingerprint": data_fingerprint(self.train_dataset)}
-        if self.group.size > 1:
-            args["processes_per_block"] = self.group.size
-        return {"model": json.loads(json.dumps(config, default=str)), "settings": args, "data set": data}
+        return run_identity(self.model.config, self.args, self.train_dataset, self.group.size)
 
     def _save_checkpoint(self) -> None:
         self._flush()

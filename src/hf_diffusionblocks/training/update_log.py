@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..strict_json import known, to_json
+
 Row = dict[str, Any]
 
 
@@ -40,9 +42,9 @@ def read_rows(records: list[Row], iteration: int, advice: str) -> list[Row]:
 
 
 def append_rows(path: Path, rows: list[Row]) -> None:
-    """Write rows to a log, one JSON object per line."""
+    """Write rows to a log, one JSON object per line; a held-out figure that is not known is null."""
     with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file.write("".join(to_json(known(row)) + "\n" for row in rows))
 
 
 def block_means(rows: list[Row]) -> dict[str, float]:

@@ -1,0 +1,194 @@
+"""``diffusionblocks train``: one flow for every family.
+
+load the data -> build the trainer -> train -> save the model, what belongs beside it and its card -> draw, score and
+report. A family's class fills in the steps; what happens when, and in which process of a run, stands here alone.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import serialization
+from ..evaluation import format_figures
+from ..hub import model_card, write_model_card
+from ..memory import MemoryPlan
+from ..modeling import BlockedPreTrainedModel, format_block_parameters
+from ..recipes import Recipe
+from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
+from ..training import DiffusionBlocksTrainer
+from ..training.checkpoint import find_checkpoints
+from .common import Say, merge_jobs, say_where, trainer_says
+from .planning import planned_memory
+
+Pictures = list[tuple[str, Path]]
+
+
+class Run:
+    """One run of a recipe.
+
+    Args:
+        recipe: of the run; ``load`` puts the recipe of its method in its place.
+        blocks: hold and train these only.
+        lower: for a block of a cascade, the directory of a model that holds the trained blocks below it.
+        report: draw and score at the end, and write a report.
+        say: prints.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        blocks: list[int] | None = None,
+        lower: str | None = None,
+        report: bool = True,
+        say: Say = print,
+    ) -> None:
+        self.recipe, self.blocks, self.lower, self.report, self.say = recipe, blocks, lower, report, say
+        self.train_data: Any = None
+        self.test_data: Any = None
+
+    # -- what a family defines -----------------------------------------------------------------------------------
+
+    def load(self) -> None:
+        """Load ``train_data`` and ``test_data``; ``recipe`` becomes the one that really runs."""
+        raise TypeError(f"{type(self).__name__} must define load().")
+
+    def build_trainer(self) -> DiffusionBlocksTrainer:
+        """The trainer of the run."""
+        raise TypeError(f"{type(self).__name__} must define build_trainer().")
+
+    def check(self, model: BlockedPreTrainedModel) -> None:
+        """Raise a ``ValueError`` for what would fail after training."""
+
+    def data_lines(self, model: BlockedPreTrainedModel) -> list[str]:
+        """Lines that say what the data are."""
+        return []
+
+    def parts(self, model: BlockedPreTrainedModel) -> list[str]:
+        """Lines that name a model's parts besides its blocks."""
+        return []
+
+    def save_beside(self, model: BlockedPreTrainedModel, directory: Path) -> None:
+        """Save in a model's directory what is needed to use it: a tokenizer, an image processor, a VAE."""
+
+    def draw(self, model: BlockedPreTrainedModel, folder: Path) -> Pictures:
+        """Pictures that come before the figures, which may take long: their names and files."""
+        return []
+
+    def score(self, model: BlockedPreTrainedModel) -> dict[str, Any]:
+        """The table of figures of a trained model."""
+        raise TypeError(f"{type(self).__name__} must define score().")
+
+    def plot(
+        self, model: BlockedPreTrainedModel, figures: dict[str, Any], memory: MemoryPlan, folder: Path
+    ) -> Pictures:
+        """Pictures of the figures, of memory and losses: their names and files."""
+        raise TypeError(f"{type(self).__name__} must define plot().")
+
+    def sample_lines(self) -> list[str]:
+        """Lines that show a sample."""
+        return []
+
+    def usage_lines(self, model_dir: Path) -> list[str]:
+        """The lines of Python that load a saved model and use it."""
+        raise TypeError(f"{type(self).__name__} must define usage_lines().")
+
+    def card_settings(self) -> dict[str, Any]:
+        """Of the model card: the Hub's task, and the base."""
+        return {}
+
+    # -- the flow ------------------------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Path:
+        """The run's directory."""
+        return Path(self.recipe.training_arguments().output_dir)
+
+    @property
+    def reports(self) -> bool:
+        """Whether a run that is no job among others ends with a report: it then holds the whole model."""
+        return self.report and (self.blocks is None or self.lower is not None)
+
+    def train(self, resume: bool = True) -> Path:
+        """Train, save and report; see ``hf_diffusionblocks.jobs.train``.
+
+        Args:
+            resume: go on from the last checkpoint.
+
+        Returns:
+            The directory of the saved model.
+        """
+        self.load()
+        trainer = self.build_trainer()
+        self.check(trainer.model)
+        self.say = trainer_says(trainer, self.say)
+        self.output.mkdir(parents=True, exist_ok=True)
+        resumed = resume and bool(find_checkpoints(trainer.output_dir))
+        begun = "going on with" if resumed else "training"
+        self._say(f"{begun} {self.recipe.name} ({self.recipe.method}) in {trainer.output_dir}")
+        self._say(*self.data_lines(trainer.model), format_block_parameters(trainer.model), *self.parts(trainer.model))
+        if trainer.group.is_leader:
+            serialization.write_json(self.output / RECIPE_NAME, self.recipe.to_dict())
+        summary = trainer.train(resume_from_checkpoint=resume)
+        model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
+        if not trainer.group.is_leader:
+            return model_dir
+        self.save_beside(trainer.model, model_dir)
+        seconds = summary["training_seconds"]
+        self.write_card(trainer.model, model_dir, {"training_seconds": seconds})
+        self._say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
+        return self._finish(trainer, model_dir, summary)
+
+    def _finish(self, trainer: DiffusionBlocksTrainer, model_dir: Path, summary: dict[str, Any]) -> Path:
+        """Report on the whole model, if this process has it or is the one that merged it."""
+        device, model = trainer.model.device, trainer.model
+        if trainer.is_job:
+            merged = merge_jobs(self.output, summary, self.say)
+            if merged is not None and self.report:
+                self.write_report(self._load(merged, device), summary)
+            return model_dir if merged is None else merged
+        if self.reports and len(model.resident_blocks) == model.partition.num_blocks:
+            if trainer.group.sharded:
+                self.write_report(self._load(model_dir, device), summary)
+            else:
+                with trainer.averaged_weights():
+                    self.write_report(model, summary)
+        return model_dir
+
+    def write_report(self, model: BlockedPreTrainedModel, summary: dict[str, Any]) -> dict[str, Any]:
+        """Pictures, samples and a table of figures of a trained model, under ``output/figures``."""
+        folder = self.output / FIGURES_DIR
+        folder.mkdir(parents=True, exist_ok=True)
+        pictures = self.draw(model, folder)
+        figures = self.score(model)
+        figures |= {name: summary[name] for name in ("training_seconds", "updates_per_block")}
+        serialization.write_figures(folder / FIGURES_NAME, figures)
+        memory = planned_memory(model.config, self.recipe, alternatives=False)
+        pictures += self.plot(model, figures, memory, folder)
+        model_dir = self.output / MODEL_DIR
+        self.write_card(model, model_dir, figures)
+        self._say("", str(memory), "", format_figures(figures), "", *self.sample_lines())
+        say_where(pictures, model_dir, self.usage_lines(model_dir), self.say)
+        return figures
+
+    def write_card(self, model: BlockedPreTrainedModel, model_dir: Path, figures: dict[str, Any]) -> None:
+        """Write a model's card into its directory."""
+        recipe = self.recipe
+        card = model_card(
+            model,
+            title=recipe.name,
+            usage="\n".join(self.usage_lines(model_dir)),
+            training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k != "output_dir"}},
+            figures=figures,
+            dataset=recipe.data.name if isinstance(recipe.data.name, str) else None,
+            **self.card_settings(),
+        )
+        write_model_card(model_dir, card)
+
+    def _load(self, model_dir: Path, device: torch.device) -> BlockedPreTrainedModel:
+        return self.recipe.kind.model_class.from_pretrained(model_dir).to(device)
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            self.say(line)
