@@ -14,6 +14,7 @@ ROOT = Path(hf_diffusionblocks.__file__).parent
 # Top to bottom; docs/design.md explains the order. A module may import those above it, and its own package.
 ORDER = [
     "auto_classes",
+    "mixins",
     "suggest",
     "strict_json",
     "base_names",
