@@ -160,7 +160,6 @@ _ALONE = {
 _NO_RECIPE = {"test_its_commands_plan_train_and_evaluate": "its prompts are encoded beforehand: trained from Python"}
 _SMALL_IMAGES = [
     "data.max_samples=60",
-    "data.max_test_samples=40",
     "training.max_steps=2",
     "training.warmup_steps=1",
     "training.per_device_train_batch_size=4",
@@ -173,7 +172,15 @@ FAMILIES = {
         tiny_labels,
         ".ff",
         TinyImages,
-        recipe=("digits-dit", *_SMALL_IMAGES, "model.num_layers=3", "evaluation.num_samples=40"),
+        recipe=(
+            "digits-dit",
+            *_SMALL_IMAGES,
+            "model.num_layers=3",
+            "evaluation.num_samples=40",
+            "evaluation.num_draws=1",
+            "evaluation.classifier_epochs=1",
+            "sampling.num_inference_steps=3",
+        ),
     ),
     "pixart": Family(
         tiny_pixart,

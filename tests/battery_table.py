@@ -36,7 +36,7 @@ Written by `python tests/battery_table.py write`; the tests hold it.
 Every family goes through the same battery: a family is one entry of `FAMILIES` in `tests/battery.py`, and what a check
 expects (levels of noise, blocks, files) follows from the entry and its model. The checks run for each family each time
 the tests run (`tests/test_modeling.py`, `tests/test_battery.py`). "+": passes; a letter: cannot apply, for the reason
-below the table.
+below the table. Those with an asterisk run with the slow tests; every family has faster ones of the kind of its own.
 """
 
 
@@ -53,19 +53,31 @@ def checks() -> list[tuple[str, str]]:
     return found
 
 
+def is_slow(module: str, name: str) -> bool:
+    """Whether a check runs with the slow tests only."""
+    marks = getattr(vars(sys.modules[module])[name], "pytestmark", [])
+    return any(mark.name == "slow" for mark in marks)
+
+
 def check_table() -> list[str]:
     """A row per check, a column per family; then the reasons."""
     from battery import FAMILIES
 
     reasons: dict[str, str] = {}
     lines = [f"| check | {' | '.join(FAMILIES)} |", "|---|" + ":-:|" * len(FAMILIES)]
-    for _, name in checks():
+    for module, name in checks():
         cells = []
         for family in FAMILIES.values():
             reason = family.not_applicable.get(name)
             cells.append(reasons.setdefault(reason, "abcdefghijkl"[len(reasons)]) if reason else "+")
-        lines.append(f"| {name.removeprefix('test_').replace('_', ' ')} | {' | '.join(cells)} |")
-    return [*lines, "", *(f"- {letter}: {reason}." for reason, letter in reasons.items())]
+        said = name.removeprefix("test_").replace("_", " ") + (" *" if is_slow(module, name) else "")
+        lines.append(f"| {said} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        *(f"- {letter}: {reason}." for reason, letter in reasons.items()),
+        "- \\*: with `make test-slow`.",
+    ]
 
 
 def code_lines(text: str) -> int:

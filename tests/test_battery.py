@@ -59,6 +59,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights_with_blocks_at_rest_
     assert same_tensors(part.state_dict(), whole.state_dict())
 
 
+@pytest.mark.slow  # each family's own tests have faster ones
 def test_the_plan_is_what_a_step_holds(family):
     block = family.last
     config = family.build(family.num_blocks).config
@@ -72,6 +73,7 @@ def test_the_plan_is_what_a_step_holds(family):
     assert 0.9 * row.activations <= real.activations <= 1.02 * row.activations
 
 
+@pytest.mark.slow  # each family's own tests have faster ones
 def test_its_commands_plan_train_and_evaluate(family, tmp_path, capsys):
     recipe = list(family.recipe)
     if family.shares:
