@@ -19,7 +19,7 @@ from tiny import tiny_dit
 
 COMMANDS = next(a for a in build_parser()._actions if a.dest == "command").choices
 PAGE = (Path(__file__).parents[1] / "docs" / "how-to" / "command-line.md").read_text(encoding="utf-8")
-NO_FIGURES = {"watch", "completion"}
+NO_FIGURES = {"watch", "demo", "completion"}
 DRY = {"train", "convert", "merge", "push"}
 
 

@@ -18,6 +18,7 @@ from ..recipes import Recipe
 from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
 from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
+from ..units import human_seconds
 from .common import Say, merge_jobs, say_where, trainer_says
 from .planning import planned_memory
 
@@ -137,7 +138,7 @@ class Run:
         self.save_beside(trainer.model, model_dir)
         seconds = summary["training_seconds"]
         self.write_card(trainer.model, model_dir, {"training_seconds": seconds})
-        self._say(f"trained {summary['iterations']} updates in {seconds:.0f} s; model saved in {model_dir}")
+        self._say(f"trained {summary['iterations']} updates in {human_seconds(seconds)}; model saved in {model_dir}")
         return self._finish(trainer, model_dir, summary)
 
     def _finish(self, trainer: DiffusionBlocksTrainer, model_dir: Path, summary: dict[str, Any]) -> Path:
