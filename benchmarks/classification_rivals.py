@@ -218,6 +218,10 @@ VIT_ARMS = {
     "ViT, DiffusionBlocks, the paper's": Arm(
         lambda study: _blocked_vit(study, preset="paper"), training={"gradient": "local"}
     ),
+    "ViT, DiffusionBlocks, exact readout": Arm(
+        lambda study: _blocked_vit(study, readout="exact", context="independent", auxiliary_layers=0),
+        training={"gradient": "local"},
+    ),
     "ViT, blocks, the library's default": Arm(_blocked_vit),
     "ViT, blocks, exact gradient": Arm(lambda study: _blocked_vit(study, **_EXACT), training={"gradient": "exact"}),
 }

@@ -127,7 +127,7 @@ LONG_FUNCTIONS = {"training/trainer.py: __init__"}
 
 def test_files_are_short():
     long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
-    assert set(long) == LONG_FILES, long
+    assert set(long) <= LONG_FILES, long
 
 
 def code_lines(function: ast.FunctionDef) -> int:
@@ -143,7 +143,7 @@ def test_functions_fit_a_screen():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and code_lines(node) > 60
     }
-    assert set(long) == LONG_FUNCTIONS, long
+    assert set(long) <= LONG_FUNCTIONS, long
 
 
 def walked_names() -> list[str]:

@@ -65,7 +65,7 @@ class _WaitForRegistry(importlib.abc.MetaPathFinder):
             execute(module)
             register(module)
 
-        spec.loader.exec_module = exec_module  # of this one loader object
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one loader object
         return spec
 
 

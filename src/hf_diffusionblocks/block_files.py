@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
@@ -18,11 +18,16 @@ from .configuration import DiffusionBlocksConfig
 from .loading_checks import check_files, checked_blocks
 from .streaming import StreamingRequest, requested_streaming
 
+if TYPE_CHECKING:  # what stands behind a mixin among the bases
+    from transformers import PreTrainedModel as _Behind
+else:
+    _Behind = object
+
 # Keywords of loading that say where on the Hub, and how it is asked.
 _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-class BlockFiles:
+class BlockFiles(_Behind):
     """Of a ``BlockedPreTrainedModel``: ``save_pretrained`` and ``from_pretrained`` by block."""
 
     def save_pretrained(
@@ -151,16 +156,16 @@ class BlockFiles:
             )
         else:
             # transformers resolves every file of an index: hand it a directory whose index names only these files.
-            view = Path(tempfile.mkdtemp(prefix="diffusionblocks-"))
+            view, kept = Path(tempfile.mkdtemp(prefix="diffusionblocks-")), False
             try:
                 _fill_view(view, paths, index, config if cls.can_generate() else None, find)
                 kwargs = {name: value for name, value in kwargs.items() if name not in _HUB}
                 model, info = super().from_pretrained(view, *model_args, output_loading_info=True, **kwargs)
                 if "disk" in (getattr(model, "hf_device_map", None) or {}).values():
                     weakref.finalize(model, shutil.rmtree, view, ignore_errors=True)  # it reads from there
-                    view = None
+                    kept = True
             finally:
-                if view is not None:
+                if not kept:
                     shutil.rmtree(view, ignore_errors=True)
             model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
         missing = sorted(info["missing_keys"])
@@ -174,10 +179,10 @@ class BlockFiles:
         cls, name: str | os.PathLike, kwargs: dict[str, Any]
     ) -> tuple[DiffusionBlocksConfig, dict[str, Any]]:
         """The config of a model that is loaded in part, and the other keywords."""
-        config = kwargs.pop("config", None) or name
+        config: Any = kwargs.pop("config", None) or name
         if isinstance(config, DiffusionBlocksConfig):
             return config, kwargs
-        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        dtype: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
         return config, kwargs | dtype
 

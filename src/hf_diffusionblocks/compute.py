@@ -144,14 +144,14 @@ def training_flops(
         raise ValueError(unknown_name("lower_outputs", lower_outputs, LOWER_OUTPUTS))
     if lower_outputs == "disk" and not (passes and passes > 0):
         raise ValueError(f"passes={passes!r} with lower_outputs='disk': say how often each block reads the data set.")
-    times = 1 / passes if lower_outputs == "disk" else 1.0
+    times = 1 / passes if lower_outputs == "disk" and passes else 1.0
     plain, given = end_to_end_config(config), (batch_size, gradient_checkpointing, batch_settings)
     whole = _whole(plain, *given)
     counted = [(whole, 0)] if plain.to_dict() == config.to_dict() else _count(config, *given)
     cascade = getattr(config, "context", "independent") == "cascade"
     rows, below = [], 0
     for block, (own, lower) in enumerate(counted):
-        layers = config.layers_per_block[block]
+        layers = (config.layers_per_block or [])[block]
         auxiliary = config.auxiliary_layers_of(block) if isinstance(config, CategoricalConfig) else 0
         rows.append(BlockCompute(block, layers, auxiliary, below if cascade else 0, own + times * lower))
         below += layers

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -88,7 +88,10 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     model_type = "diffusion_blocks"
 
-    base_config: dict | None = None
+    if TYPE_CHECKING:
+        base_config: dict[str, Any]  # None only before ``__post_init__`` has checked it
+    else:
+        base_config: dict | None = None
     num_blocks: int = 3
     layers_per_block: list | None = None
     partition: str = "equal_probability"
@@ -141,7 +144,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
 
     def _check_types(self) -> None:
         """A config may come from anyone: everything has its type, numbers are finite, nothing is nested without end."""
-        fields = {}
+        fields: dict[str, Any] = {}
         for kind in reversed(type(self).__mro__):
             if issubclass(kind, DiffusionBlocksConfig):
                 fields |= kind.__dict__.get("__annotations__", {})
@@ -170,7 +173,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     def _make_partition(self) -> BlockPartition:
         settings = dict(self.noise or {})
         if self.preconditioning == "vp_epsilon":
-            sigmas = self.make_preconditioning().sigmas
+            sigmas = VPEpsilonPreconditioning(self._schedule_alphas).sigmas
             settings = {"sigma_min": float(sigmas[0]), "sigma_max": float(sigmas[-1]), **settings}
         elif self.preconditioning == "rectified_flow":
             settings = self._flow_noise() | settings
@@ -179,7 +182,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
             if name not in known:
                 raise ValueError(unknown_name("noise setting", name, known))
         noise = LogNormalNoise(**settings)
-        shape = {"noise": noise, "overlap": self.overlap, "layers_per_block": self.layers_per_block}
+        shape: dict[str, Any] = {"noise": noise, "overlap": self.overlap, "layers_per_block": self.layers_per_block}
         if self.edges is not None:
             if len(self.edges) != self.num_blocks + 1:
                 raise ValueError(
@@ -207,11 +210,12 @@ class DiffusionBlocksConfig(PreTrainedConfig):
         from diffusers import DDPMScheduler
 
         known = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-        for name in self.noise_schedule:
+        schedule = self.noise_schedule or {}
+        for name in schedule:
             if name not in known:
                 raise ValueError(unknown_name("noise_schedule setting", name, known))
         with torch.device("cpu"):  # models, and so configs, may be built under the meta device
-            return tuple(DDPMScheduler(**self.noise_schedule).alphas_cumprod.double().tolist())
+            return tuple(DDPMScheduler(**schedule).alphas_cumprod.double().tolist())
 
     def make_partition(self) -> BlockPartition:
         """The partition of layers and noise levels that this config describes."""

@@ -149,7 +149,7 @@ def denoising_generate(
         >>> model.generate(ids, custom_generate=denoising_generate, eos_token_id=None, **settings).shape
         torch.Size([1, 8])
     """
-    given = {"steps": steps, "grid": grid, "bridge": bridge, "seed": seed}
+    given: dict[str, Any] = {"steps": steps, "grid": grid, "bridge": bridge, "seed": seed}
     fields = {n: getattr(generation_config, n, None) if v is None else v for n, v in given.items()}
     settings = DenoisingConfig(**{n: v for n, v in fields.items() if v is not None})
     if not isinstance(model, BlockedForCausalLM):
@@ -165,8 +165,8 @@ def denoising_generate(
     noise = _RowNoise(seed, input_ids, mask, model)
     pad, as_dict = generation_config._pad_token_tensor, generation_config.return_dict_in_generate
     stops_at_eos = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-    scores = () if as_dict and generation_config.output_scores else None
-    logits = () if as_dict and generation_config.output_logits else None
+    scores: tuple[Tensor, ...] | None = () if as_dict and generation_config.output_scores else None
+    logits: tuple[Tensor | None, ...] | None = () if as_dict and generation_config.output_logits else None
     text_config = model.config.get_text_config()
     unfinished = torch.ones(len(input_ids), dtype=torch.long, device=input_ids.device)
     while bool(unfinished.any()):
@@ -226,6 +226,7 @@ class _Walk:
     ) -> tuple[Tensor, Tensor | None]:
         two_stream = self.model.config.two_stream
         hidden = embedded = self.model.embed_tokens(input_ids[:, seen:])
+        features: Any = None
         for block in self.blocks:
             hidden = hidden if self.cascade else embedded
             steps = self.steps.get(block, ())

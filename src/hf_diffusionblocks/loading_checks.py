@@ -14,7 +14,7 @@ from .weight_headers import check_shapes, read_shapes
 
 
 def check_files(
-    model_class: type, find: FileFinder, config: Any, blocks: Sequence[int] | None, paths: Sequence[Path]
+    model_class: Any, find: FileFinder, config: Any, blocks: Sequence[int] | None, paths: Sequence[Path]
 ) -> None:
     """Check that a model's config and the headers of its weight files agree; nothing is allocated for that.
 

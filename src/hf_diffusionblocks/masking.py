@@ -67,7 +67,7 @@ class CosineSchedule:
 
 
 MaskSchedule = LinearSchedule | CosineSchedule
-_SCHEDULES = {"linear": LinearSchedule, "cosine": CosineSchedule}
+_SCHEDULES: dict[str, type[MaskSchedule]] = {"linear": LinearSchedule, "cosine": CosineSchedule}
 SCHEDULES = tuple(_SCHEDULES)
 
 

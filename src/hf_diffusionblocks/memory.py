@@ -197,16 +197,21 @@ def plan_memory(
             f"a {type(given).__name__}."
         )
     make = type(model_or_config) if isinstance(model_or_config, BlockedPreTrainedModel) else AutoModel.from_config
-    device = _device(device)
+    target = _device(device)
     config = given if num_blocks in (None, given.num_blocks) else recut(given, num_blocks=num_blocks)
     plain = end_to_end_config(config)
-    step = FakeStep(make, batch_size, dtype, mixed_precision, objective, device, batch_settings)
+    step = FakeStep(make, batch_size, dtype, mixed_precision, objective, target, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
-    state = {"use_ema": use_ema, "optim": optim, "optim_args": optim_args or {}, "release": gradient_release}
+    state: dict[str, Any] = {
+        "use_ema": use_ema,
+        "optim": optim,
+        "optim_args": optim_args or {},
+        "release": gradient_release,
+    }
     rows = _predicted_rows(step, end_to_end, blocked, state)
     others = None
     if alternatives:
-        largest = max((row for row in rows if row.method == BLOCKED), key=lambda row: row.total).block
+        largest = max((row for row in rows if row.method == BLOCKED), key=lambda row: row.total).block or 0
         name = f"one of {config.num_blocks} blocks" if config.num_blocks > 1 else "the only block"
         others = compare(step.job(end_to_end, 0, WHOLE, True), step.job(blocked, largest, name, False))
     settings = {
@@ -220,7 +225,7 @@ def plan_memory(
         "optim": optim,
         **({"optim_args": dict(optim_args)} if optim_args else {}),
         "gradient_release": gradient_release,
-        "device": device.type,
+        "device": target.type,
         **batch_settings,
     }
     return MemoryPlan(tuple(rows), settings, others)
@@ -266,7 +271,7 @@ def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = str(device).partition(":")[0]
-    backend = getattr(torch, kind, None)
+    backend: Any = getattr(torch, kind, None)
     if kind != "cpu" and not (hasattr(backend, "is_available") and backend.is_available()):
         raise ValueError(
             f"device={str(device)!r} is not available here, and its kernels decide what a step saves. Plan on a "

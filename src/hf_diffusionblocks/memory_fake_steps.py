@@ -127,8 +127,11 @@ class FakeStep:
         layers = model.config.num_layers
         if layers < _PROBE_LAYERS or getattr(model.config, "indivisible", False):
             return None
-        one, two = (self.counts(*self._probe(model.config, 0, n)).activations[0] for n in (1, 2))
-        frozen = self._run(*self._probe(model.config, 0, 2), frozen=True).activations[0] - one
+        short, longer = self._probe(model.config, 0, 1), self._probe(model.config, 0, 2)
+        if short is None or longer is None:
+            return None
+        one, two = (self.counts(*probe).activations[0] for probe in (short, longer))
+        frozen = self._run(*longer, frozen=True).activations[0] - one
         return tuple(one + (n - 1) * (two - one) + (layers - n) * frozen for n in (1, 2))
 
     def counts(self, model: BlockedPreTrainedModel, block: int) -> "_Counts":
@@ -169,13 +172,14 @@ class FakeStep:
         if layers <= _PROBE_LAYERS + 1 or getattr(model.config, "indivisible", False):
             return None
         probes = [self._probe(model.config, block, n) for n in (_PROBE_LAYERS - 1, _PROBE_LAYERS)]
-        if None in probes:
+        found = [probe for probe in probes if probe is not None]
+        if len(found) < len(probes):
             return None
-        sizes = [held_bytes(probe.block(number).parameters()) for probe, number in probes]
+        sizes = [held_bytes(probe.block(number).parameters()) for probe, number in found]
         more = layers - _PROBE_LAYERS
         if held_bytes(model.block(block).parameters()) != sizes[1] + more * (sizes[1] - sizes[0]):
             return None
-        short, long = (self.counts(*probe) for probe in probes)
+        short, long = (self.counts(*probe) for probe in found)
         plain, checkpointed = (b + more * (b - a) for a, b in zip(short.activations, long.activations, strict=True))
         return _Counts((plain, checkpointed), long.gradient)
 

@@ -31,7 +31,7 @@ from .weight_headers import check_shapes, payload_bytes
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # the check of platforms is by hand
 
 _POLL_SECONDS = 2.0
 
@@ -83,13 +83,13 @@ def merge_blocks(
             broken; says what differs and where.
         OSError: if the disk is full; nothing half written stays.
     """
-    directories = [Path(d) for d in directories]
-    if not directories:
+    places = [Path(d) for d in directories]
+    if not places:
         raise ValueError("no directory to merge: give those that the jobs saved their blocks in.")
     target = Path(output_dir)
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ValueError(f"{target} is not an empty directory: give a new one for the merged model.")
-    parts, owners = _wait_for(directories, wait, say)
+    parts, owners = _wait_for(places, wait, say)
     first = parts[0]
     _check_shared(parts)
     for part in parts:
@@ -238,7 +238,8 @@ def _config_of(values: dict[str, Any], place: Path) -> DiffusionBlocksConfig:
 
 def _owners(parts: list[Part]) -> dict[int, Part]:
     """Who holds each block; configs and copies of a block agree."""
-    first, owners = parts[0], {}
+    first = parts[0]
+    owners: dict[int, Part] = {}
     for part in parts:
         difference = first_difference(first.config, part.config)
         if difference is not None:

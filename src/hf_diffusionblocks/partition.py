@@ -9,6 +9,7 @@ belongs to the noisier block. No other module derives a block from a noise level
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 import torch
@@ -314,6 +315,11 @@ class BlockPartition:
         self.check_block(block)
         high, low = self.edges[block], self.edges[block + 1]
         return self.noise.widened(low, high, self.overlap) if training else (low, high)
+
+    @overload
+    def block_of(self, sigma: float | int) -> int: ...
+    @overload
+    def block_of(self, sigma: Float[Tensor, "..."]) -> Int64[Tensor, "..."]: ...
 
     def block_of(self, sigma: Float[Tensor, "..."] | float | int) -> Int64[Tensor, "..."] | int:
         """The block that owns each noise level; on an inner edge the noisier one.

@@ -254,7 +254,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
         import diffusers
         from transformers.utils import cached_file
 
-        components = {name: kwargs.pop(name) for name in ("scheduler", "vae") if name in kwargs}
+        components: dict[str, Any] = {name: kwargs.pop(name) for name in ("scheduler", "vae") if name in kwargs}
         model = kwargs.pop("model", None)
         if model is None:
             model = BlockedDiTModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
@@ -272,7 +272,8 @@ class BlockedDiTPipeline(DiffusionPipeline):
             if not (isinstance(component, type) and issubclass(component, base)):
                 raise ValueError(f"{_MODEL_INDEX} names {library}.{class_name} as {name}: not a diffusers {name}.")
             safe = {"use_safetensors": True} if name == "vae" else {}  # never a pickle
-            components[name] = component.from_pretrained(pretrained_model_name_or_path, subfolder=name, **hub, **safe)
+            load = component.from_pretrained  # type: ignore[attr-defined]  # diffusers' mixins have it
+            components[name] = load(pretrained_model_name_or_path, subfolder=name, **hub, **safe)
         return cls(model, **components)
 
 

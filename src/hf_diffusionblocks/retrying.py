@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 try:  # the client of huggingface_hub 2 and later, then that of 1
     import httpx2 as httpx
 except ImportError:
-    import httpx
+    import httpx  # type: ignore[no-redef]
 
 NETWORK_ERRORS = (OSError, httpx.HTTPError)
 

@@ -53,7 +53,7 @@ def make_grid(partition: BlockPartition, num_inference_steps: int, kind: str = "
     if kind == "karras":
         grid = karras_grid(num_inference_steps, noise.sigma_min, noise.sigma_max)
     elif kind == "equal_probability":
-        grid = equal_probability_grid(num_inference_steps, noise)
+        grid = equal_probability_grid(num_inference_steps, noise)  # type: ignore[arg-type]  # of sigma, not of mask rates
     else:
         raise ValueError(unknown_name("grid", kind, GRIDS))
     return torch.cat([grid, grid.new_zeros(1)])

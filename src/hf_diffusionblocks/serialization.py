@@ -53,11 +53,11 @@ def describe_file(name: str) -> str:
     return f"{name} (block {int(match.group(1))})" if match else name
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Call ``write`` on a temporary name in the same directory, flush it to the disk and rename it to ``path``."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
-    temporary = Path(temporary)
+    temporary = Path(name)
     try:
         write(temporary)
         # Directories and files are made with the permissions of the umask, as any other file is; mkstemp's are 0600.

@@ -17,6 +17,7 @@ K times the blocks' FLOPs over their own. Warm-up and schedule stretch with the 
 """
 
 import copy
+from typing import Any
 
 from ..compute import training_flops
 from ..recipes import Recipe, make_recipe
@@ -94,8 +95,10 @@ def compute_factor(
     """How many updates of a baseline cost what one update of every block costs; see ``baseline_recipe``."""
     if not recipe.kind.counts_compute:
         return recipe.config().num_blocks if baseline.method == "shallow" else 1
-    args, tokens = recipe.training_arguments(), {"tokens": recipe.data.block_length} if recipe.kind.has_text else {}
-    lower, passes = args.lower_outputs, args.num_train_epochs
+    args = recipe.training_arguments()
+    tokens: dict[str, Any] = {"tokens": recipe.data.block_length} if recipe.kind.has_text else {}
+    lower = args.lower_outputs
+    passes: float | None = args.num_train_epochs
     if args.max_steps > 0:
         per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps
         passes = args.max_steps * per_update / num_rows if num_rows else None

@@ -28,6 +28,7 @@ Hinton's second way to classify, and peer normalisation, are not here.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -109,8 +110,8 @@ class ForwardForwardViT(LocalClassifier):
         vit = ViTModel(config, add_pooling_layer=False)
         self.embeddings, self.layers = vit.embeddings, vit.layers
         width = config.hidden_size
-        self.label_embedding = nn.Embedding(num_classes, width) if objective == "goodness" else None
-        self.classifier = nn.Linear(width, num_classes) if objective == "contrastive" else None
+        self.label_embedding: Any = nn.Embedding(num_classes, width) if objective == "goodness" else None
+        self.classifier: Any = nn.Linear(width, num_classes) if objective == "contrastive" else None
 
     def parts(self) -> Sequence[Sequence[nn.Module]]:
         """A layer each; the embeddings belong to the first, whose loss alone reaches them."""

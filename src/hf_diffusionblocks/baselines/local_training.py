@@ -142,7 +142,8 @@ class LocalTrainer:
         Raises:
             FloatingPointError: naming the part and update whose loss is not finite.
         """
-        seconds, last = [], []
+        seconds: list[float] = []
+        last: list[Any] = []
         while self.update < self.num_updates:
             start = time.perf_counter()
             values = self.step()
@@ -186,7 +187,7 @@ class LocalTrainer:
             self.apply(None)
         self.update += 1
         outside, moments = model.parameters_of(None), self._moments
-        uses = {}
+        uses: dict[int | None, MemoryUse] = {}
         for part in range(len(model.parts())):
             gradients, activations = (max(values) for values in zip(found[part], found.get(None, (0, 0)), strict=True))
             held = [tensor for module in model.resident(part) for tensor in state_of(module)]

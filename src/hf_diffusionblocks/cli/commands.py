@@ -105,7 +105,7 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         overwrite_run(output)
     model_dir = jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say)
     figures = output / "figures" / "figures.json"
-    given = {"output_dir": str(output), "model": str(model_dir)}
+    given: dict[str, Any] = {"output_dir": str(output), "model": str(model_dir)}
     page = model_dir.parent / REPORT_NAME
     given["report"] = str(page) if page.is_file() and not args.no_report else None
     known = json.loads(figures.read_text(encoding="utf-8")) if figures.is_file() and not args.no_report else None

@@ -335,7 +335,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     settings = getattr(args, "overrides", getattr(args, "settings", None))
     if rest and (settings is None or any(text.startswith("-") or "=" not in text for text in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:
+    if rest and settings is not None:
         settings += rest
     if getattr(args, "data", None) is not None and "=" in (args.recipe or ""):  # no recipe: the first of the settings
         args.recipe, args.overrides = None, [args.recipe, *args.overrides]

@@ -94,8 +94,8 @@ def open_image_dataset(
 
     Arguments and errors as in ``load_image_dataset``; small embedded sources are loaded as there.
     """
-    columns = {"image_column": image_column, "label_column": label_column}
-    size = {"image_size": image_size, "channels": channels, "max_samples": max_samples}
+    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+    size: dict[str, Any] = {"image_size": image_size, "channels": channels, "max_samples": max_samples}
     if name_or_path in KNOWN_DATASETS:
         return load_image_dataset(name_or_path, split, data_dir=data_dir, **columns, **size)
     dataset = open_hub(os.path.expanduser(name_or_path), split, {"data_dir": data_dir, "data_files": data_files})

@@ -119,7 +119,7 @@ def _rows(
     kept = rows * block_length
     # Within the document that is cut, characters are taken to be spread evenly over tokens.
     num_characters = round(float(np.interp(kept, *characters)))
-    begins = np.zeros(kept, bool)
+    begins: np.ndarray = np.zeros(kept, bool)
     begins[starts[starts < kept]] = True
     return TextDataset(
         flat[:kept].reshape(rows, block_length),
@@ -160,7 +160,9 @@ def _join(
     """All documents in one array [tokens], where each starts, and (tokens, characters) up to the end of each."""
     import pyarrow.compute as pc
 
-    ids, lengths, characters = [np.empty(0, token_dtype(size))], [], [0]
+    ids: list[np.ndarray] = [np.empty(0, token_dtype(size))]
+    lengths: list[int] = []
+    characters = [0]
     for table in encoded.with_format("arrow").iter(1000):
         values = pc.list_flatten(table["input_ids"]).to_numpy()
         check_ids(values, size)

@@ -51,7 +51,7 @@ class TextDataset(Dataset):
         check_ids(tokens, tokenizer_size)
         if starts is not None and starts.shape != tokens.shape:
             raise ValueError(f"starts {list(starts.shape)} do not fit tokens {list(tokens.shape)}.")
-        self.tokens = np.ascontiguousarray(tokens, dtype=token_dtype(tokenizer_size))
+        self.tokens: np.ndarray = np.ascontiguousarray(tokens, dtype=token_dtype(tokenizer_size))
         self.starts = None if starts is None else np.packbits(starts, axis=1)
         self.tokenizer_size, self.num_characters = tokenizer_size, int(num_characters)
 
@@ -82,7 +82,7 @@ class TextDataset(Dataset):
         digest = hashlib.sha256(json.dumps(head).encode())
         for array in (self.tokens, self.starts):
             if array is not None:
-                digest.update(array)
+                digest.update(array)  # type: ignore[arg-type]  # it has a buffer
         return digest.hexdigest()[:16]
 
     def __len__(self) -> int:

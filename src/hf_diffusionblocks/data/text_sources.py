@@ -166,7 +166,8 @@ def _pydoc_topics() -> list[str]:
     """
     from pydoc_data.topics import topics
 
-    kept, seen = [], set()
+    kept: list[str] = []
+    seen: set[str] = set()
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = {" ".join(paragraph.split()) for paragraph in topics[name].split("\n\n")}
         if 2 * sum(map(len, paragraphs & seen)) < sum(map(len, paragraphs)):

@@ -76,7 +76,7 @@ class StreamingTextDataset(Dataset):
         head = [tokenizer_fingerprint(tokenizer), block_length, packing, shuffle_buffer, seed, max_samples]
         digest = hashlib.sha256(json.dumps(head).encode())
         for array in self._held[0][1:]:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array))  # type: ignore[arg-type]  # it has a buffer
         self.fingerprint = digest.hexdigest()[:16]
         """First 16 hex digits of a SHA-256 of the settings and the first window of rows."""
 
@@ -186,7 +186,8 @@ class StreamingTextDataset(Dataset):
         self._documents.load_state_dict(state["documents"])
         documents = iter(self._documents)
         while True:
-            tokens, starts = [np.asarray(state["tokens"], dtype)], [np.asarray(state["starts"], bool)]
+            tokens: list[np.ndarray] = [np.asarray(state["tokens"], dtype)]
+            starts: list[np.ndarray] = [np.asarray(state["starts"], bool)]
             count = len(tokens[0])
             while count < self._window * length and (document := next(documents, None)) is not None:
                 separator = self._separator if state["window"] or count else []

@@ -143,7 +143,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """First 16 hex digits of a SHA-256 of what decides the ids; the same before and after the tokenizer is used."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        state = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+        state: list | dict = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     else:
         # A call leaves its truncation and padding in the tokenizer: they are not part of it.
         state = {k: v for k, v in json.loads(backend.to_str()).items() if k not in ("truncation", "padding")}

@@ -57,7 +57,7 @@ def score_masked_text(
         "bound_bits_per_character": bound.bits_per_character,
         "bound_standard_error": bound.standard_error * to_bits,
         "bound_monte_carlo_error": bound.monte_carlo_error * to_bits,
-        "bound_bits_per_character_per_block": list(bound.bits_per_character_per_block),
+        "bound_bits_per_character_per_block": list(bound.bits_per_character_per_block or ()),
         "nats_per_token": bound.nats_per_token,
         "nats_per_hidden_token_per_block": [
             nats / (high - low) for nats, (low, high) in zip(bound.nats_per_block, ranges, strict=True)
@@ -75,7 +75,7 @@ def gap_tokens(
         ValueError: for a tokenizer that does not fit the model, nothing to fill, or more tokens than its positions.
     """
     check_tokenizer(tokenizer, config.vocab_size)
-    ids: list[int] = []
+    ids: list[Any] = []
     for i, part in enumerate(_GAP.split(prompt)):  # text, length of a gap, text, ...
         if i % 2:
             ids += [config.mask_token_id] * int(part)

@@ -54,7 +54,7 @@ def score_text(
     """
     rows = len(dataset) if settings.rows is None else min(len(dataset), settings.rows)
     per_token = characters_per_token(dataset, tokenizer, rows)
-    common = {"max_rows": rows, "batch_size": settings.batch_size, "characters_per_token": per_token}
+    common: dict[str, Any] = {"max_rows": rows, "batch_size": settings.batch_size, "characters_per_token": per_token}
     to_bits = 1 / math.log(2) / per_token
     whole = language_model_likelihood(model, dataset, **common)
     local = NextTokenPrediction().held_out(model, dataset, max_samples=rows, batch_size=settings.batch_size, seed=seed)
@@ -71,7 +71,7 @@ def score_text(
         figures |= {
             "bound_bits_per_character": bound.bits_per_character,
             "bound_monte_carlo_error": bound.monte_carlo_error * to_bits,
-            "bound_bits_per_character_per_block": list(bound.bits_per_character_per_block),
+            "bound_bits_per_character_per_block": list(bound.bits_per_character_per_block or ()),
         }
     return figures
 

@@ -27,7 +27,10 @@ class CausalLMBlock(nn.Module):
         self.auxiliary = _decoder(config, range(layers[-1] + 1, layers[-1] + 1 + count), attention) if count else None
         if self.auxiliary is not None:
             self.auxiliary.norm = nn.Identity()
-        self.noise_embedding = self.modulations = self.noisy_in = self.logit_scale = None
+        self.noise_embedding: Any = None  # the two streams' own parts
+        self.modulations: Any = None
+        self.noisy_in: Any = None
+        self.logit_scale: Any = None
         if config.two_stream:
             width = config.noise_embedding_dim
             self.noise_embedding = NoiseEmbedding(width)

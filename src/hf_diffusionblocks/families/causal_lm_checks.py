@@ -70,7 +70,7 @@ def check_tokens(
                 f"0 to {config.vocab_size - 1}. Use the tokenizer that the model was made with."
             )
     seen = 0 if cache is None else int(cache.get_seq_length())
-    if seen > 0:
+    if cache is not None and seen > 0:
         cached = cache.layers[0].keys.shape[0]
         if cached != batch:
             raise ValueError(

@@ -74,6 +74,7 @@ class TokenStreams:
             model.config.two_stream
             and new == 1
             and not model.config.base_config.get("sliding_window")
+            and cache is not None
             and all(type(layer) is DynamicLayer for layer in cache.layers)
         )
         if self.shared:

@@ -109,7 +109,9 @@ class BlockedDiTModel(BlockedPreTrainedModel):
                     if part is not None and next(part.parameters(), None) is not None:
                         yield part
 
-    def dummy_batch(self, batch_size: int, text_length: int | None = None) -> dict[str, Tensor]:
+    def dummy_batch(  # type: ignore[override]  # a family names its settings
+        self, batch_size: int, text_length: int | None = None
+    ) -> dict[str, Tensor]:
         size, kind = self.config.sample_size, self.config.transformer_class
         batch = {"pixel_values": torch.zeros(batch_size, self.config.in_channels, size, size)}
         if kind.has_labels:

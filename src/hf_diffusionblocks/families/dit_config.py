@@ -104,7 +104,7 @@ class BlockedDiTConfig(DiffusionBlocksConfig):
             if name not in defaults:
                 what = "DiT" if kind.name == DIT else kind.name
                 raise ValueError(unknown_name(f"{what} setting", name, defaults))
-        base = {k: list(v) if isinstance(v, tuple) else v for k, v in (defaults | base_config).items()}
+        base: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in (defaults | base_config).items()}
         check_sizes(base, kind.sizes)
         check_sizes(base, ("out_channels", "caption_channels"), optional=True)
         for name, _ in kind.layer_lists:

@@ -90,7 +90,7 @@ def load_components(name: str, **hub: Any) -> tuple[SchedulerMixin | None, Autoe
     scheduler_class = getattr(diffusers, (config or {}).get("_class_name", ""), None)
     scheduler = None
     if isinstance(scheduler_class, type) and issubclass(scheduler_class, SchedulerMixin):
-        scheduler = scheduler_class.from_config(config)
+        scheduler = scheduler_class.from_config(config)  # type: ignore[attr-defined]  # diffusers' mixin has it
     try:  # of a directory without vae/, diffusers takes the config.json at the root
         config = AutoencoderKL.load_config(name, subfolder="vae", **hub)
     except OSError:

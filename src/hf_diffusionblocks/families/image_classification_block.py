@@ -65,7 +65,9 @@ class ImageClassificationBlock(nn.Module):
         count = config.auxiliary_layers_of(block)
         beyond = range(layers[-1] + 1, layers[-1] + 1 + count)
         self.auxiliary = self.anatomy.layers_of(make_network(config, beyond, attention)) if count else None
-        self.noise_embedding = self.modulations = self.noisy_in = None
+        self.noise_embedding: Any = None  # the noisy label's parts
+        self.modulations: Any = None
+        self.noisy_in: Any = None
         if config.two_stream:
             width, hidden = config.noise_embedding_dim, config.hidden_size
             self.noise_embedding = NoiseEmbedding(width)

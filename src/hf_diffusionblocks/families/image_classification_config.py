@@ -60,7 +60,7 @@ class BlockedImageClassificationConfig(CategoricalConfig):
         for name in ("num_inference_steps", "num_draws"):
             check_count(name, getattr(self, name))
         names = self.make_base_config().id2label
-        own = self.id2label or {}
+        own: dict[int, str] = getattr(self, "id2label", None) or {}
         if len(own) != len(names) or all(name == f"LABEL_{i}" for i, name in own.items()):
             self.id2label = dict(names)
             self.label2id = {name: i for i, name in names.items()}

@@ -60,9 +60,9 @@ class MaskedLMBlock(nn.Module):
         self.rate_embedding = None
         if config.time_conditioning:
             self.rate_embedding = NoiseEmbedding(config.noise_embedding_dim)
-            layers = layers_of(self.network)
-            for i, layer in enumerate(layers):
-                layers[i] = ModulatedLayer(layer, config.noise_embedding_dim, config.hidden_size)
+            inner = layers_of(self.network)
+            for i, layer in enumerate(inner):
+                inner[i] = ModulatedLayer(layer, config.noise_embedding_dim, config.hidden_size)
 
     def layers(self) -> Iterator[nn.Module]:
         """The layers, in order."""
@@ -75,7 +75,7 @@ class MaskedLMBlock(nn.Module):
         **places: Any,
     ) -> Float[Tensor, "batch tokens width"]:
         """The features that the head's matrix is applied to, from token embeddings."""
-        if self.rate_embedding is not None:
+        if self.rate_embedding is not None and mask_rate is not None:
             # -logit(m) / 4, in the range of c_noise; the ends of [0, 1] stay finite.
             c_noise = torch.logit(mask_rate.float(), eps=1e-4) / 4
             places["embedded_rate"] = self.rate_embedding(c_noise)[:, None].to(embeddings.dtype)
@@ -133,7 +133,7 @@ def make_network(
 def _make_bidirectional(network: PreTrainedModel, layers: nn.ModuleList) -> None:
     """Without a mask, attention kernels ask each module whether it is causal."""
     for layer in layers:
-        attention = getattr(layer, "self_attn", None)
+        attention: Any = getattr(layer, "self_attn", None)
         if not isinstance(getattr(attention, "is_causal", None), bool):
             raise ValueError(
                 f"a model of type {network.config.model_type!r} cannot be made bidirectional: its layers have no "

@@ -1,7 +1,7 @@
 """Config of blocked recurrent-depth language models."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..partition import BlockPartition
 from ..suggest import unknown_name
@@ -58,8 +58,12 @@ class BlockedRecurrentConfig(BlockedCausalLMConfig):
     context: str = "independent"
     auxiliary_layers: int = 0
     initialization: str = "default"
-    prelude_layers: int | None = None
-    coda_layers: int | None = None
+    if TYPE_CHECKING:
+        prelude_layers: int  # None only before ``__post_init__`` has set them
+        coda_layers: int
+    else:
+        prelude_layers: int | None = None
+        coda_layers: int | None = None
     core_norm: bool = True
     noise_per: str = "row"
     num_recurrences: int | None = None

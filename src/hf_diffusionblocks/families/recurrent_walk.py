@@ -11,7 +11,7 @@ the token has come.
 """
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -123,7 +123,8 @@ def walk(
     make = functools.partial(model.make_places, attention_mask=attention_mask)
     places = make(hidden, position_ids, earlier=seen)
     x = module.run_prelude(hidden, places, held.prelude if held else ())
-    sigmas = equal_probability_grid(recurrences + 1, model.partition.noise)[:recurrences].tolist()
+    noise: Any = model.partition.noise  # of sigma
+    sigmas = equal_probability_grid(recurrences + 1, noise)[:recurrences].tolist()
     z = sigmas[0] * fixed_noise(position_ids, width, seed)
     features = model.features(x, z, sigmas[0], places, *_layers(held, 0))
     x_all = x if held is None else held.all_x(x)

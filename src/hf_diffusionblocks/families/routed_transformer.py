@@ -85,8 +85,9 @@ class RoutedTransformer(nn.Module):
                     raise ValueError(
                         f"{name} refers to layers of the whole network, and a block has its own alone: leave it out."
                     )
-        if getattr(self.model.preconditioning, "noise_scale", 1) != 1:
-            given["timestep"] = timestep * self.model.preconditioning.noise_scale
+        scale = getattr(self.model.preconditioning, "noise_scale", 1)
+        if scale != 1:
+            given["timestep"] = timestep * scale
         given |= given.pop("kwargs", {})
         return self.model.block(self.block_of(timestep))(**given)
 

@@ -89,7 +89,7 @@ class TransformerClass:
     @property
     def defaults(self) -> dict[str, Any]:
         """Its settings and their defaults."""
-        return _defaults(self.model)
+        return _defaults(self.model)  # type: ignore[arg-type]  # classes are hashable
 
     @property
     def has_labels(self) -> bool:
@@ -168,7 +168,7 @@ def drop_text_output(block: nn.Module) -> None:
 
 @lru_cache(maxsize=8)
 def _defaults(model: type) -> dict[str, Any]:
-    signature = inspect.signature(model.__init__)
+    signature = inspect.signature(model.__init__)  # type: ignore[misc]  # of the class itself
     return {n: p.default for n, p in signature.parameters.items() if n != "self"}
 
 

@@ -31,7 +31,8 @@ MEMORY_KINDS = {  # from dark to light, so that the order shows without colour a
 
 def partition_figure(partition: BlockPartition) -> "Figure":
     """Figure of ``plot_partition``."""
-    noise, rows = partition.noise, partition.describe()
+    noise: Any = partition.noise
+    rows = partition.describe()
     linear = isinstance(noise, MaskNoise)
     name, log_name = ("mask rate m", "m") if linear else ("noise level σ", "ln σ")
     strip = 0.3 * len(rows) + 0.6
@@ -154,10 +155,10 @@ def losses_figure(run_dir: Path, unit: str | None = None, whole: str = "all nois
         for name in sorted(names, key=lambda name: int(name.rsplit("_", 1)[1])) + ["eval_loss"]:
             y = [math.nan if row.get(name) is None else float(row[name]) for row in evaluations]
             drawn += y
-            block = None if name == "eval_loss" else int(name.rsplit("_", 1)[1])
+            number = None if name == "eval_loss" else int(name.rsplit("_", 1)[1])
             line = {"color": "black", "label": whole}
-            if block is not None:
-                line = {"color": block_color(block), "ls": line_style(block), "label": f"block {block}"}
+            if number is not None:
+                line = {"color": block_color(number), "ls": line_style(number), "label": f"block {number}"}
             right.plot(x, y, marker=marker, ms=4, lw=1.8, **line)
         right.set(xlabel="iterations of all blocks", ylabel=f"held-out loss{unit}")
         _log_if_wide(right, drawn)
@@ -223,10 +224,10 @@ def curves_figure(
     blocks = {name: int(match[1]) for name, match in named.items() if match}
     free = (i for i in range(len(series) + len(BLOCK_COLORS)) if i not in blocks.values())
     for name, points in series.items():
-        x, y = zip(*points, strict=True)
+        xs, ys = zip(*points, strict=True)
         i = blocks[name] if name in blocks else next(free)
         marker = "o" if len(points) <= 30 else None
-        axes.plot(x, y, color=block_color(i), ls=line_style(i), lw=1.8, marker=marker, ms=4.5, label=name)
+        axes.plot(xs, ys, color=block_color(i), ls=line_style(i), lw=1.8, marker=marker, ms=4.5, label=name)
     for i, (name, y) in enumerate(reference.items()):
         axes.axhline(y, color="#444444", lw=1.3, ls=("--", ":", "-.")[i % 3], label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
@@ -245,8 +246,8 @@ def curves_figure(
 def _legend(figure: "Figure") -> None:
     """One legend beside the axes, where it covers nothing; equal names appear once."""
     lines = [line for axes in figure.axes for line in axes.lines]
-    lines = {line.get_label(): line for line in lines if not line.get_label().startswith("_")}
-    legend = figure.legend(lines.values(), lines.keys(), loc="outside right upper")
+    named = {str(line.get_label()): line for line in lines if not str(line.get_label()).startswith("_")}
+    legend = figure.legend(list(named.values()), list(named), loc="outside right upper")
     for text in legend.get_texts():
         text.set_parse_math(False)
 

@@ -111,8 +111,8 @@ def denoising_figure(
     if title:
         sheet.text(_MARGIN, _MARGIN + _LINE / 2 - 2, title, fontsize=FONT + 1)
     sheet.text(left - 10, band + 1.5 * _LINE, "noise level σ", ha="right")
-    for block, group in groupby(range(len(chosen)), key=lambda i: chosen[i]["block"]):
-        group = list(group)
+    for block, members in groupby(range(len(chosen)), key=lambda i: chosen[i]["block"]):
+        group = list(members)
         start, end = xs[group[0]], xs[group[-1]] + width
         color = block_color(block)
         sheet.band(start, band, end - start, 2 * _LINE, color)
@@ -181,7 +181,7 @@ class _Sheet:
 
     def text(self, x: float, y: float, text: str, **settings: Any) -> None:
         settings = {"ha": "left", "va": "center", "fontsize": FONT, "parse_math": False} | settings
-        self.figure.text(x / self.width, 1 - y / self.height, text, **settings)
+        self.figure.text(x / self.width, 1 - y / self.height, text, **settings)  # type: ignore[arg-type]
 
     def image(self, x: int, y: int, image: Tensor, scale: int) -> None:
         """image: uint8 [height, width, 3]."""

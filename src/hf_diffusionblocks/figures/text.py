@@ -3,7 +3,7 @@
 import math
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .style import DPI, FONT, axes_figure, block_color
 
@@ -50,7 +50,7 @@ def text_samples_figure(samples: Sequence[tuple[str, str]], title: str | None) -
     spacing, head = 1.35 * FONT / 72, 0.45 if title else 0.15  # inches
     height = head + spacing * len(lines) + 0.1
     figure = Figure((9.0, height), dpi=DPI, facecolor="white")
-    plain = {"fontsize": FONT - 1, "parse_math": False, "va": "top"}
+    plain: dict[str, Any] = {"fontsize": FONT - 1, "parse_math": False, "va": "top"}
     if title:
         figure.text(0.02, 1 - 0.1 / height, title, **plain | {"fontsize": FONT + 1})
     for i, (line, style) in enumerate(lines):

@@ -104,7 +104,7 @@ def model_card(
 
 
 def _is_hub_id(name: str | None) -> bool:
-    return bool(name) and name.count("/") == 1 and not Path(name).exists()
+    return name is not None and name.count("/") == 1 and not Path(name).exists()
 
 
 # Target, input and name of a family of categorical targets.

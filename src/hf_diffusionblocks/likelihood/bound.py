@@ -15,6 +15,7 @@ estimate of the integral of ``sigma^-3 ||e_y - D||^2 dsigma = sigma^-2 ||e_y - D
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -123,7 +124,7 @@ def draw_range(
         reference: of a denoiser whose integral is known; what is drawn is the integral's difference from it.
     """
     for _ in range(num_draws):
-        sigma, weight = sampling(*embedded.shape[:2], generator)
+        sigma, weight = sampling(embedded.shape[0], embedded.shape[1], generator)
         sigma = sigma.to(embedded.device, torch.float32)
         z = noisy(embedded, sigma, generator)
         squared_error, cross_entropy = errors(z, sigma)
@@ -234,7 +235,7 @@ def prior_nats(embedded: Float[Tensor, "rows tokens width"], sigma_max: float) -
     return embedded.double().square().sum(-1) / (2 * sigma_max**2)
 
 
-def summarise(sums: RowSums, edges: Sequence[float], **fields: object) -> LikelihoodBound:
+def summarise(sums: RowSums, edges: Sequence[float], **fields: Any) -> LikelihoodBound:
     """The result of sums whose parts are the B integrals, the cross-entropy at sigma_min and the prior's term."""
     folded = RowSums()  # the last two parts belong to the last and the first block
     for nats, counts in zip(sums.nats, sums.counts, strict=True):
@@ -246,7 +247,7 @@ def summarise(sums: RowSums, edges: Sequence[float], **fields: object) -> Likeli
     return summarise_shares(folded, edges, **ends, **fields)
 
 
-def summarise_shares(folded: RowSums, edges: Sequence[float], **fields: object) -> LikelihoodBound:
+def summarise_shares(folded: RowSums, edges: Sequence[float], **fields: Any) -> LikelihoodBound:
     """The result of sums whose parts are the blocks' shares."""
     shares, whole = folded.mean(), slice(None)
     blocks = range(len(shares))

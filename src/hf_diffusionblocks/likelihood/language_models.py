@@ -227,7 +227,9 @@ def _integrals(
             if block == targets.model.partition.block_of(edges[-1]):
                 parts[:, i, -2] = cross_entropy_at(errors, targets.embedded, edges[-1], generator).sum(1).cpu()
     parts[..., -1] = prior_nats(targets.embedded, edges[0]).sum(1, keepdim=True).cpu()
-    for i in range(num_draws if reference is not None else 0):
+    if reference is None:
+        return parts
+    for i in range(num_draws):
         levels = [cross_entropy_at(reference, targets.embedded, edge, generator).sum(1).cpu() for edge in edges]
         for block, (above, below) in enumerate(zip(levels, levels[1:], strict=False)):
             parts[:, i, block] += above - below
@@ -242,7 +244,7 @@ def _between_edges(
     At sigma_max z is taken to tell nothing: there the cross-entropy is that of f alone, and there is no prior's term.
     """
     edges = targets.model.partition.edges
-    all_errors = [errors for _, errors in walk(targets, denoiser)]
+    all_errors: list[Any] = [errors for _, errors in walk(targets, denoiser)]
     parts = torch.zeros(len(targets.labels), num_draws, len(edges) + 1, dtype=torch.float64)
     for i in range(num_draws):
         above = all_errors[0].alone().double().sum(1).cpu()

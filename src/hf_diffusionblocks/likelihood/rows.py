@@ -73,6 +73,7 @@ class Targets:
         model = self.model
         hidden = model.embed_tokens(self.ids)
         for block in range(model.partition.num_blocks):
+            denoiser: OneStream | TwoStreams
             if model.config.two_stream:
                 denoiser = TwoStreams(self, hidden, block)
             else:
@@ -200,7 +201,7 @@ def _spread(values: Float[Tensor, "targets"], kept: Bool[Tensor, "rows tokens"])
     return values.new_zeros(kept.shape).masked_scatter(kept, values)
 
 
-def _places(batch: dict[str, Tensor]) -> dict[str, Tensor | None]:
+def _places(batch: dict[str, Tensor]) -> dict[str, Any]:
     positions = batch.get("position_ids")
     if positions is None:
         ids = batch["input_ids"]

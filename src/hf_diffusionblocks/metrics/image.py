@@ -34,6 +34,10 @@ _ROWS_PER_WRITE = 65_536  # Arrow counts the elements of one list column in 32 b
 class _TidyMetric(evaluate.Metric):
     """An ``evaluate.Metric`` that leaves no file and no lock behind when ``compute`` fails."""
 
+    writer: Any  # what ``evaluate.Metric`` has, and this class sets to None
+    cache_file_name: Any
+    filelock: Any
+
     def compute(self, *, predictions: Any = None, references: Any = None) -> dict[str, Any] | None:
         """Compute the metric over these inputs and all that were added before, then forget them."""
         try:
@@ -216,7 +220,7 @@ class FrechetDistance(_FeatureMetric):
 
     def _check_network(self, statistics: FeatureStatistics) -> None:
         known = not isinstance(self.feature_network, str) and statistics.network_fingerprint
-        fingerprint = self.feature_network.fingerprint if known else ""
+        fingerprint = getattr(self.feature_network, "fingerprint", "") if known else ""
         if statistics.network != self.network_name or (known and statistics.network_fingerprint != fingerprint):
             raise ValueError(
                 f"the reference statistics come from {statistics.network!r} (weights "

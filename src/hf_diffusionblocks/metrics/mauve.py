@@ -184,7 +184,7 @@ class Mauve(_FeatureMetric):
 
     def _compare(self, predictions: Tensor, references: Tensor) -> dict[str, Any]:
         counts = {"num_predictions": len(predictions), "num_references": len(references)}
-        if self.num_buckets != "auto" and self.num_buckets > sum(counts.values()):
+        if not isinstance(self.num_buckets, str) and self.num_buckets > sum(counts.values()):
             raise ValueError(f"num_buckets={self.num_buckets} exceeds the {sum(counts.values())} samples of both sets.")
         if min(counts.values()) < _FEW_SAMPLES:
             warnings.warn(
@@ -194,7 +194,8 @@ class Mauve(_FeatureMetric):
                 stacklevel=2,
             )
         # The clustering depends on the order of the rows; sorting them makes the figure independent of it.
-        p, q = (np.stack(sorted(rows.numpy(), key=lambda row: row.tobytes())) for rows in (references, predictions))
+        ordered = [sorted(rows.numpy(), key=lambda row: row.tobytes()) for rows in (references, predictions)]
+        p, q = map(np.stack, ordered)
         result = self._mauve(
             p_features=p,
             q_features=q,

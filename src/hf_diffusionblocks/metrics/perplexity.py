@@ -81,7 +81,9 @@ class GenerativePerplexity(_TextMetric):
         self.ngram_tokenizer = NGrams(ngram_tokenizer)
         super().__init__(**kwargs)
 
-    def compute(self, *, predictions: Any = None, references: Any = None, prompts: Any = None) -> dict[str, Any] | None:
+    def compute(  # type: ignore[override]  # prompts are its only further column
+        self, *, predictions: Any = None, references: Any = None, prompts: Any = None
+    ) -> dict[str, Any] | None:
         """Judge these texts and all that were added before, then forget them. ``references`` are not looked at."""
         return super().compute(predictions=predictions, prompts=prompts)
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import evaluate
 import torch
@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from .image import _TidyMetric
 
 Tokens = Sequence[Any]
-NGramTokenizer = Callable[[str], Tokens] | PreTrainedTokenizerBase | Tokenizer | None
+NGramTokenizer: TypeAlias = Callable[[str], Tokens] | PreTrainedTokenizerBase | Tokenizer | None
 
 _DEFAULT_LENGTH = 1024
 
@@ -105,7 +105,8 @@ class NGrams:
 
     def __init__(self, tokenizer: NGramTokenizer) -> None:
         if tokenizer is None:
-            self.name, self._split = "whitespace", str.split
+            self.name = "whitespace"
+            self._split: Callable[[str], Tokens] = lambda text: text.split()
         elif isinstance(tokenizer, PreTrainedTokenizerBase):
             self.name = Path(tokenizer.name_or_path or "").name or type(tokenizer).__name__
             self._split = lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -1,5 +1,6 @@
 """Training objectives: what one update of one block minimises."""
 
+from dataclasses import fields
 from typing import Any
 
 from ..configuration import DiffusionBlocksConfig
@@ -45,7 +46,7 @@ def default_objective(
     if exact:
         check_exact(config)
     kind = _kinds(config)[exact]
-    known = kind.__dataclass_fields__
+    known = [field.name for field in fields(kind)]
     for name, value in settings.items():
         if name not in known and value:
             raise ValueError(

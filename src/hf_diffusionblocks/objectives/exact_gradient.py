@@ -11,7 +11,7 @@ K updates end to end.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,10 @@ class ExactGradient:
     """
 
     teacher: Any
+    prepare: Callable[..., dict[str, Tensor]]
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[misc]  # of the objective that stands behind it
         if self.teacher is not None:
             raise ValueError(
                 "gradient='exact' with a teacher is not known: set distillation_weight and hidden_weight to 0."

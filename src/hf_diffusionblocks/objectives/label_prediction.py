@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..augmentation import RandAugment
 from ..batches import fetch
@@ -37,7 +36,7 @@ class LabelPrediction:
         ValueError: for a weight outside [0, 1], or one that needs a teacher and has none.
     """
 
-    teacher: PreTrainedModel | None = None
+    teacher: Any = None
     distillation_weight: float = 0.0
     horizontal_flip: bool = False
     rand_augment: bool = False

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..batches import fetch
 from ..families.causal_lm import BlockedForCausalLM
@@ -56,7 +55,7 @@ class NextTokenPrediction:
         ValueError: for a weight outside its range, or one that needs a teacher and has none.
     """
 
-    teacher: PreTrainedModel | None = None
+    teacher: Any = None
     distillation_weight: float = 0.0
     hidden_weight: float = 0.0
 
@@ -92,7 +91,7 @@ class NextTokenPrediction:
         pairs = [(features.flatten(0, 1), model.head_weight(block))]
         losses = linear_cross_entropy(pairs, flat)
         check_some_target(losses)
-        loss, parts = losses.mean(), {}
+        loss, parts = losses.mean(), dict[str, Tensor]()
         if self.distillation_weight or self.hidden_weight:
             loss, parts = self._distil(model, block, batch, places, output, pairs, kept, loss)
         return ObjectiveResult(loss, torch.zeros(0), _by_row(losses, labels), parts)
@@ -124,7 +123,7 @@ class NextTokenPrediction:
         pairs = model.readout(features.flatten(0, 1), z.flatten(0, 1), sigma.flatten(), block, trained)
         losses = linear_cross_entropy(pairs, labels.flatten())
         check_some_target(losses)
-        loss, parts = losses.mean(), {}
+        loss, parts = losses.mean(), dict[str, Tensor]()
         if self.distillation_weight:
             kept = labels.flatten() != IGNORED
             loss, parts = self._distil(model, block, batch, places, None, pairs, kept, loss)

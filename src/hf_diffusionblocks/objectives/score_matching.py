@@ -52,7 +52,7 @@ class DenoisingScoreMatching:
         ValueError: for a weight outside [0, 1], or one that needs a teacher and has none.
     """
 
-    teacher: BlockedPreTrainedModel | None = None
+    teacher: Any = None
     distillation_weight: float = 0.0
     horizontal_flip: bool = False
     null_conditioning: dict[str, Tensor] | None = None

@@ -15,17 +15,7 @@ from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from .families import FAMILIES, Family, check_text_recipe, language_model_config
-from .sections import (
-    ClassEvaluation,
-    ClassPrediction,
-    ImageData,
-    ImageEvaluation,
-    ImageSampling,
-    MaskedSampling,
-    TextData,
-    TextEvaluation,
-    TextSampling,
-)
+from .sections import ImageData, ImageEvaluation, ImageSampling
 
 METHODS = ("blocked", "end_to_end", "shallow")
 MATCHES = ("updates", "compute")
@@ -54,10 +44,11 @@ class Recipe:
     layers: int | None = None
     model: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
-    data: ImageData | TextData = field(default_factory=ImageData)
+    # Each of a class that the family's `kind` names: what holds for one kind is checked there, not by types.
+    data: Any = field(default_factory=ImageData)
     training: dict[str, Any] = field(default_factory=dict)
-    sampling: ImageSampling | TextSampling | MaskedSampling | ClassPrediction = field(default_factory=ImageSampling)
-    evaluation: ImageEvaluation | TextEvaluation | ClassEvaluation = field(default_factory=ImageEvaluation)
+    sampling: Any = field(default_factory=ImageSampling)
+    evaluation: Any = field(default_factory=ImageEvaluation)
 
     @property
     def kind(self) -> Family:
@@ -202,10 +193,11 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
         _check_section(name, section, [f.name for f in fields(getattr(kind, name))], family)
         values[name] = getattr(kind, name)(**section)
     arguments = [f.name for f in fields(DiffusionBlocksTrainingArguments)]
-    for name, allowed in (("training", arguments), ("blocks", sorted(kind.block_fields)), ("model", None)):
+    known: dict[str, list[str] | None] = {"training": arguments, "blocks": sorted(kind.block_fields), "model": None}
+    for name, names in known.items():
         section = values[name] = values.get(name) or {}
         _check_section(name, section, None, family)
-        _check_section(name, section, kind.model_keys(section) if allowed is None else allowed, family)
+        _check_section(name, section, kind.model_keys(section) if names is None else names, family)
     recipe = Recipe(**values)
     if recipe.layers is not None:
         _check_layers(recipe)
@@ -228,14 +220,14 @@ def _check_layers(recipe: Recipe) -> None:
         )
 
 
-def _check_section(name: str, section: Any, allowed: list[str] | None, family: str) -> None:
+def _check_section(name: str, section: Any, allowed: Sequence[str] | None, family: str) -> None:
     if not isinstance(section, dict):
         raise ValueError(f"the recipe's section {name!r} must hold settings, not {section!r}.")
     if allowed is not None:
         _check_keys(f"key in section {name!r} of family {family!r}", section, allowed)
 
 
-def _check_keys(what: str, section: dict[str, Any], allowed: list[str]) -> None:
+def _check_keys(what: str, section: dict[str, Any], allowed: Sequence[str]) -> None:
     for key in section:
         if key not in allowed:
             raise ValueError(unknown_name(what, key, allowed))

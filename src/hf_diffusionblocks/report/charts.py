@@ -75,9 +75,9 @@ def loss_chart(
         x = float(at(value, high).split(",")[0])
         parts.append(f'<text x="{x}" y="{bottom + 18}" text-anchor="middle">{value:,.0f}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{height - 4}" text-anchor="middle">updates of the block</text>')
-    for block, (x, y) in lines.items():
-        points = " ".join(at(*point) for point in zip(x, y, strict=True))
-        if len(x) == 1:
+    for block, (xs, ys) in lines.items():
+        points = " ".join(at(*point) for point in zip(xs, ys, strict=True))
+        if len(xs) == 1:
             across, down = points.split(",")
             parts.append(f'<circle class="{block_class(block)}" cx="{across}" cy="{down}" r="3"/>')
         else:

@@ -110,7 +110,8 @@ class UpdateLog:
     """The losses in an ``updates.jsonl``; reads only what was added since, or all again where it was replaced."""
 
     def __init__(self, path: Path):
-        self.path, self.losses = path, {}
+        self.path = path
+        self.losses: dict[int, tuple[list[int], list[float]]] = {}
         self._read: tuple[int, int] = (0, 0)  # inode, bytes
 
     def refresh(self) -> dict[int, tuple[list[int], list[float]]]:
@@ -257,8 +258,9 @@ def _shares(figures: dict[str, Any]) -> tuple[str, str, bool, list[float]] | Non
     names = [n for n, v in figures.items() if n.endswith(("_per_block", "_per_range")) and isinstance(v, list) and v]
     order = [n for start in ("bound_", "local_", "held_out_loss", "") for n in names if n.startswith(start)]
     for name in order:
-        values = [_number(v) for v in figures[name]]
-        if None not in values:
+        given = [_number(v) for v in figures[name]]
+        values = [v for v in given if v is not None]
+        if len(values) == len(given):
             unit = re.sub(r"_per_(block|range)$", "", name).replace("_", " ")
             if name.startswith("bound_"):
                 return "Share of the likelihood by block", unit, True, values
@@ -272,11 +274,12 @@ def _held_out(path: Path) -> tuple[str, str, bool, list[float]] | None:
     for line in reversed(lines):
         try:
             row = json.loads(line)
-            values = {int(k.rpartition("_")[2]): _number(v) for k, v in row.items() if k.startswith("eval_loss/block_")}
+            given = {int(k.rpartition("_")[2]): _number(v) for k, v in row.items() if k.startswith("eval_loss/block_")}
             iteration = int(row["iteration"])
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
-        if values and None not in values.values() and sorted(values) == list(range(len(values))):
+        values = {block: v for block, v in given.items() if v is not None}
+        if given and sorted(values) == list(range(len(given))):
             unit = f"held-out loss after iteration {iteration:,}"
             return "Held-out loss by block", unit, False, [values[b] for b in range(len(values))]
     return None

@@ -174,7 +174,7 @@ def compose(local: LocalModel, remote: RemoteModel, repo_id: str) -> dict[str, b
     """
     their_config = remote.config
     joins = not local.whole and their_config is not None
-    if joins:
+    if joins and their_config is not None:
         difference = first_difference(their_config, local.config, SAME_MODEL)
         if difference is not None:
             name, theirs, ours = difference
@@ -198,7 +198,7 @@ def compose(local: LocalModel, remote: RemoteModel, repo_id: str) -> dict[str, b
             continue
         if name not in remote.digests or remote.digests[name] != local.digest(name):
             files[name] = path
-    config = dict(their_config if joins else local.config)
+    config = dict(their_config if joins and their_config is not None else local.config)
     if "trained_blocks" in config:
         done = [*(config["trained_blocks"] or []), *(local.config.get("trained_blocks") or [])]
         config["trained_blocks"] = sorted(set(done))

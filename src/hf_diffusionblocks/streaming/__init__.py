@@ -5,7 +5,7 @@ import contextvars
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,11 @@ from .homes import ALIGNMENT, FileHome, HostHome, Layout, WeightFileHome
 from .streamer import WEIGHTS, Streamer, Transfer
 
 HOMES = ("host", "disk")
+
+if TYPE_CHECKING:  # what stands behind a mixin among the bases
+    from torch.nn import Module as _Behind
+else:
+    _Behind = object
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def requested_streaming() -> StreamingRequest | None:
     return _requested.get()
 
 
-class StreamedBlocks:
+class StreamedBlocks(_Behind):
     """The part of a blocked model that streams its blocks. The model has ``blocks``, and asks ``block`` for one.
 
     Attributes:
@@ -138,7 +143,8 @@ class StreamedBlocks:
             raise ValueError("output_loading_info=True is not known when blocks are streamed: leave it out.")
         token = _requested.set(None)
         try:
-            model = streamer = None
+            model: Any = None
+            streamer: Any = None
             while model is None or blocks:
                 block = 0 if blocks is None else blocks[0]
                 one = cls.from_pretrained(name, *args, blocks=[block], **kwargs)
@@ -148,7 +154,7 @@ class StreamedBlocks:
                 model.blocks[str(block)] = one.blocks[str(block)]
                 del one
                 streamer.adopt(block, _weight_file(name, block, model, kwargs) if request.home == "disk" else None)
-                blocks = blocks[1:]
+                blocks = list(blocks or ())[1:]
         finally:
             _requested.reset(token)
         model._begin_streaming(streamer)

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,7 +111,9 @@ class FileHome:
         self.layout = layout
         if folder is not None:
             Path(folder).mkdir(parents=True, exist_ok=True)
-        self.file = tempfile.TemporaryFile(prefix="diffusionblocks-", dir=folder, buffering=0)
+        self.file: Any = tempfile.TemporaryFile(
+            prefix="diffusionblocks-", dir=None if folder is None else os.fspath(folder), buffering=0
+        )
         if layout.nbytes:
             try:  # writing to a mapping on a full disk would kill the process
                 _reserve(self.file.fileno(), layout.nbytes)
@@ -196,7 +199,7 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def _write(descriptor: int, data: np.ndarray, offset: int) -> None:
-    rest = memoryview(data)
+    rest = memoryview(data)  # type: ignore[arg-type]  # an array has a buffer
     while len(rest):
         written = os.pwrite(descriptor, rest, offset)
         rest, offset = rest[written:], offset + written

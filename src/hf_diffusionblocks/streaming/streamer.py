@@ -10,13 +10,13 @@ thread fetches.
 """
 
 import contextlib
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,7 +79,7 @@ class Streamer:
         device: torch.device | str,
         *,
         to_disk: bool = False,
-        folder: str | Path | None = None,
+        folder: str | os.PathLike | None = None,
         prefetch: bool = True,
     ):
         self.blocks, self.device, self.to_disk, self.folder = blocks, torch.device(device), to_disk, folder
@@ -94,7 +94,8 @@ class Streamer:
         self._here: dict[int, Arrival] = {}
         self._coming: dict[str, tuple[int, Future[Arrival]]] = {}
         self._spare: list[Tensor] = []
-        self._order, self._place = [], 0  # by number, from the first
+        self._order: list[int] = []
+        self._place = 0  # in the order, from the first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="block-streaming")
         self._stores: list[Future] = []
         self._copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
@@ -288,7 +289,7 @@ class Streamer:
             for value in values:
                 if value.is_cuda:  # made on another stream, and let go before this one has read it
                     value.record_stream(self._copies)
-            home.store(flat, values)
+            home.store(flat, values)  # type: ignore[union-attr]  # see _home_for: not a weight file
         self.trace.append(Transfer("store", block, start, time.perf_counter(), home.layout.nbytes))
         values.clear()
         if flat is not None:

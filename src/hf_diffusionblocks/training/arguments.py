@@ -140,7 +140,7 @@ class DiffusionBlocksTrainingArguments:
     cpu: bool = field(default=False, metadata={"help": "use the CPU even where there is an accelerator"})
 
     def __post_init__(self) -> None:
-        if self.mixed_precision in (False, None):  # YAML reads no as False
+        if self.mixed_precision in (False, None):  # type: ignore[comparison-overlap]  # YAML reads no as False
             self.mixed_precision = "no"
         if isinstance(self.report_to, str):
             self.report_to = [] if self.report_to in ("none", "") else [self.report_to]
@@ -263,7 +263,7 @@ class DiffusionBlocksTrainingArguments:
 def _name_unknown_settings(cls: type) -> type:
     """Turn the ``TypeError`` of a misspelt keyword into a ``ValueError`` that names the nearest setting."""
     known = [entry.name for entry in fields(cls)]
-    make = cls.__init__
+    make: Any = cls.__init__  # type: ignore[misc]  # of a class, not of an instance
 
     @wraps(make)
     def __init__(self: Any, *args: Any, **settings: Any) -> None:  # noqa: N807
@@ -272,7 +272,7 @@ def _name_unknown_settings(cls: type) -> type:
                 raise ValueError(unknown_name("training argument", name, known))
         make(self, *args, **settings)
 
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[misc]
     return cls
 
 

@@ -71,7 +71,7 @@ class BlockTrainer:
         self.optimizer = make_optimizer(named, args)
         # Not prepared by Accelerate, which would step it once per process (huggingface/accelerate#2773).
         self.lr_scheduler = args.make_schedule(self.optimizer, num_updates)
-        self.ema = self._make_ema() if args.use_ema else None
+        self.ema: Any = self._make_ema() if args.use_ema else None
         self.updates = 0
         self._batches: Iterator[dict[str, Tensor]] | None = None
 
@@ -134,8 +134,10 @@ class BlockTrainer:
         """One update of the block. Returns tensors for the log, not yet synchronised with the device."""
         args, accelerator, group = self.args, self.accelerator, self.group
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        total, parts, sigmas, count = None, {}, [], args.gradient_accumulation_steps
-        release = contextlib.nullcontext()
+        sigmas, count = [], args.gradient_accumulation_steps
+        total: Any = None
+        parts: dict[str, Any] = {}
+        release: Any = contextlib.nullcontext()
         if args.gradient_release:
             release = GradientRelease(self.optimizer, group.average if group.size > 1 else None)
         with torch.random.fork_rng(devices=devices), _frozen(self._foreign), release:

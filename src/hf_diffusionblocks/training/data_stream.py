@@ -34,7 +34,7 @@ class SampleOrder:
 
     def indices(self, start: int, count: int) -> list[int]:
         """The samples at positions ``start`` to ``start + count`` of the order."""
-        result = []
+        result: list[int] = []
         while len(result) < count:
             epoch, offset = divmod(start + len(result), self.num_samples)
             result += self._permutation(epoch)[offset : offset + count - len(result)]

@@ -125,7 +125,10 @@ class Group:
         self.blocks, self.rank, self.size = tuple(blocks), rank, size
         self.alone = False
         self.sharded = False
-        self._group = self._control = self._plugin = self._device = None
+        self._group: Any = None
+        self._control: Any = None
+        self._plugin: Any = None
+        self._device: Any = None
 
     @classmethod
     def make(

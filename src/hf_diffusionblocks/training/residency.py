@@ -31,8 +31,6 @@ class Residency:
         active: the block whose state is on the device for training; None if that is not one.
     """
 
-    active: int | None = None
-
     def __init__(self, model: BlockedPreTrainedModel, device: torch.device):
         if model.streamer is not None:
             raise ValueError(
@@ -41,6 +39,10 @@ class Residency:
             )
         self.model = model.to(device)
         self.trainers: dict[int, BlockTrainer] = {}
+
+    @property
+    def active(self) -> int | None:
+        return None
 
     def pin(self, block: int, following: int | None = None) -> None:
         """Have a block's state on the device for training, and fetch the one of the following block meanwhile."""
@@ -88,6 +90,7 @@ class StreamedResidency(Residency):
         self.trainers = {}
         if model.streamer is None:
             model.enable_block_streaming(device, offload_to_disk_path=folder if home == "disk" else None)
+        assert model.streamer is not None
         self.streamer = model.streamer
         is_at = ("disk" if self.streamer.to_disk else "host", self.streamer.device.type)
         if is_at != (home, device.type):

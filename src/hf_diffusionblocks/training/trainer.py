@@ -94,21 +94,20 @@ class DiffusionBlocksTrainer:
         )
         self.model = model
         several = self.accelerator.num_processes > 1
-        self.group = Group.make(model.config, args, self.accelerator) if several else None
-        if several and self.group.alone:  # other processes have the others
-            keep_blocks(model, self.group.blocks)
+        shared = Group.make(model.config, args, self.accelerator) if several else None
+        if shared is not None and shared.alone:  # other processes have the others
+            keep_blocks(model, shared.blocks)
         self.residency = make_residency(model, args, self.accelerator.device)
         if teacher is not None:
             teacher.to(self.accelerator.device)
         self.objective = objective or default_objective(
-            model.config, args.gradient, teacher=teacher, **args.objective_settings()
+            model.config, args.gradient or "local", teacher=teacher, **args.objective_settings()
         )
         self.blocks = sorted(set(model.resident_blocks if args.blocks is None else args.blocks))
         if not self.blocks:
             raise ValueError("blocks=[] trains nothing: name at least one block, or None for all that are loaded.")
-        if self.group is None:
-            self.group = Group(self.blocks)
-        elif self.group.alone:
+        self.group = Group(self.blocks) if shared is None else shared
+        if self.group.alone:
             self.blocks = list(self.group.blocks)
             self.output_dir = job_directory(self.output_dir, self.blocks)
         for block in self.blocks:
