@@ -74,7 +74,7 @@ check-wheel: $(STAMP) ## Install the wheel into an empty environment and train, 
 
 lint: $(STAMP) types ## Check style and types
 	$(PY) -m ruff check .
-	$(PY) -m ruff format --check .
+	$(PY) -m ruff format --check src tests benchmarks
 
 types: $(STAMP) ## Check the types
 	$(PY) -m mypy

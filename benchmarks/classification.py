@@ -4,7 +4,7 @@
     python benchmarks/classification.py table digits    # markdown table: mean over seeds, paired differences
 
 Every job runs with one thread; ``--workers`` of them run side by side. An arm is a recipe with overrides; its baselines
-go through the same trainer. ``fashion-short`` is a ViT with L=12 and B=3, narrow and with few updates, and the main arms only;
+go through the same trainer. ``fashion-short`` is a ViT with L=12 and B=3, narrow, with few updates and main arms only;
 ``digits`` takes minutes in all. Longer runs on Fashion-MNIST stand beside their rivals in ``classification_rivals.py``.
 """
 

@@ -272,7 +272,7 @@ def count() -> None:
     from hf_diffusionblocks.recipes import load_recipe
 
     HELD.unlink(missing_ok=True)
-    dit, llama, masked = GROUPS[0], GROUPS[1], GROUPS[5]
+    dit, llama, masked = (next(g for g in GROUPS if g.title.startswith(start)) for start in ("DiT", "Llama", "Masked"))
     recipe_name, common, arms, _ = quality.STUDIES["fashion"]
     width = masked_quality.STUDIES["austen"][0]
     for group in (dit, llama, masked):

@@ -19,7 +19,7 @@ from hf_diffusionblocks.demo import denoising_steps, make_app, write_space
 from hf_diffusionblocks.demo.app import block_strip, describe, launch_app, sheet
 from tiny import tiny_dit, tiny_vae
 
-WITHOUT_GRADIO = "Gradio is not installed: pip install 'hf_diffusionblocks[demo]'"
+WITHOUT_GRADIO = "Gradio is not installed: pip install 'hf-diffusionblocks[demo]'"
 
 
 def quiet(pipe: BlockedDiTPipeline) -> BlockedDiTPipeline:

@@ -27,7 +27,7 @@ DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "
 BROUGHT = {"markupsafe": "jinja2", "pyarrow": "datasets", "tokenizers": "transformers", "packaging": "transformers"}
 BROUGHT |= {"httpx": "huggingface_hub", "httpx2": "huggingface_hub"}
 # Imported where it is wanted, by a function that names the extra if it is missing.
-OPTIONAL = {"peft": "adapters", "bitsandbytes": "optim", "mauve": "text"}
+OPTIONAL = {"peft": "adapters", "bitsandbytes": "optim", "mauve": "text", "gradio": "demo"}
 
 
 def built(tmp_path: Path, kind: str) -> Path:
@@ -99,20 +99,22 @@ def test_no_requirement_is_left_over():
     assert {name_of(r) for r in PROJECT["dependencies"]} - imported == set()
 
 
-@pytest.mark.parametrize("call", ["adapters._peft", "training.optimizers._adamw_8bit", "metrics.mauve._load_mauve"])
-def test_a_missing_optional_package_is_an_error_that_names_its_extra(call, monkeypatch):
-    module, function = call.rsplit(".", 1)
-    extra, package = {
-        "adapters": ("adapters", "peft"),
-        "training.optimizers": ("optim", "bitsandbytes"),
-        "metrics.mauve": ("text", "mauve"),
-    }[module]
+@pytest.mark.parametrize(
+    ("module", "function", "package"),
+    [
+        ("adapters", "_peft", "peft"),
+        ("training.optimizers", "_adamw_8bit", "bitsandbytes"),
+        ("metrics.mauve", "_load_mauve", "mauve"),
+        ("demo.app", "import_gradio", "gradio"),
+    ],
+)
+def test_a_missing_optional_package_is_an_error_that_names_its_extra(module, function, package, monkeypatch):
     for name in [n for n in sys.modules if n.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # `import` then raises ImportError
-    found = getattr(importlib.import_module(f"hf_diffusionblocks.{module}"), function)
-    with pytest.raises((ValueError, ImportError), match=rf"pip install 'hf-diffusionblocks\[{extra}\]'"):
-        found()
+    load = getattr(importlib.import_module(f"hf_diffusionblocks.{module}"), function)
+    with pytest.raises((ValueError, ImportError), match=rf"pip install 'hf-diffusionblocks\[{OPTIONAL[package]}\]'"):
+        load()
 
 
 def test_images_scored_without_inception_name_their_extra(monkeypatch):
@@ -128,7 +130,7 @@ def test_images_scored_without_inception_name_their_extra(monkeypatch):
 
 def test_every_extra_that_an_error_names_exists():
     named = {e for p in SRC.rglob("*.py") for e in re.findall(r"hf[-_]diffusionblocks\[(\w+)\]", p.read_text())}
-    assert {"adapters", "metrics", "optim", "text"} <= named <= set(EXTRAS)
+    assert {"adapters", "demo", "metrics", "optim", "text"} <= named <= set(EXTRAS)
 
 
 def test_the_version_is_one():

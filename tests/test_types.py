@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 def mypy(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *arguments]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}  # mypy takes it for part of the sources
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MYPYPATH": str(ROOT / "src")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

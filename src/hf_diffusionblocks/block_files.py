@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
@@ -16,18 +16,14 @@ from . import serialization
 from .agreement import SAME_MODEL, first_difference
 from .configuration import DiffusionBlocksConfig
 from .loading_checks import check_files, checked_blocks
+from .mixins import MixinBase
 from .streaming import StreamingRequest, requested_streaming
-
-if TYPE_CHECKING:  # what stands behind a mixin among the bases
-    from transformers import PreTrainedModel as _Behind
-else:
-    _Behind = object
 
 # Keywords of loading that say where on the Hub, and how it is asked.
 _HUB = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-class BlockFiles(_Behind):
+class BlockFiles(MixinBase):
     """Of a ``BlockedPreTrainedModel``: ``save_pretrained`` and ``from_pretrained`` by block."""
 
     def save_pretrained(

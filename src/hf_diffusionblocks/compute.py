@@ -151,7 +151,7 @@ def training_flops(
     cascade = getattr(config, "context", "independent") == "cascade"
     rows, below = [], 0
     for block, (own, lower) in enumerate(counted):
-        layers = (config.layers_per_block or [])[block]
+        layers = config.layers_per_block[block]
         auxiliary = config.auxiliary_layers_of(block) if isinstance(config, CategoricalConfig) else 0
         rows.append(BlockCompute(block, layers, auxiliary, below if cascade else 0, own + times * lower))
         below += layers

@@ -133,7 +133,7 @@ def check_number_of_layers(num_layers: Any) -> None:
         raise ValueError(f"the number of layers, {_short(num_layers)}, must lie between 1 and {MAX_LAYERS}.")
 
 
-def check_sizes(base_config: Mapping[str, Any], names: tuple[str, ...], optional: bool = False) -> None:
+def check_sizes(base_config: Mapping[str, Any], names: Sequence[str], optional: bool = False) -> None:
     """Check that sizes in a base's config, where it has them, are positive whole numbers (or, if optional, None).
 
     Raises:

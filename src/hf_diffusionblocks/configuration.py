@@ -89,11 +89,13 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     model_type = "diffusion_blocks"
 
     if TYPE_CHECKING:
-        base_config: dict[str, Any]  # None only before ``__post_init__`` has checked it
+        base_config: dict[str, Any]  # these are None only before ``__post_init__`` has checked and filled them
+        num_blocks: int
+        layers_per_block: list
     else:
         base_config: dict | None = None
-    num_blocks: int = 3
-    layers_per_block: list | None = None
+        num_blocks: int = 3
+        layers_per_block: list | None = None
     partition: str = "equal_probability"
     edges: list | None = None
     overlap: float = 0.05

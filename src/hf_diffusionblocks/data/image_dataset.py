@@ -60,8 +60,8 @@ class ImageDataset(Dataset):
         self.scaling_factor = float(scaling_factor)
         if not self.is_latent and self.scaling_factor != 1.0:
             raise ValueError(f"scaling_factor={scaling_factor} applies to latents; pixels are scaled to [-1, 1].")
-        if self.is_latent and (row := first_not_finite(images)) is not None:
-            raise ValueError(f"the latent of row {row} is not finite: encode again, with the VAE in float32.")
+        if self.is_latent and (broken := first_not_finite(images)) is not None:
+            raise ValueError(f"the latent of row {broken} is not finite: encode again, with the VAE in float32.")
 
     @property
     def num_classes(self) -> int:

@@ -87,6 +87,7 @@ def load_table(
 
     dataset, image_column, label_column, names = find_columns(dataset.with_format(None), image_column, label_column)
     cache = None
+    values: Any
     if isinstance(dataset, datasets.IterableDataset):
         cells = list(dataset if max_samples is None else dataset.take(max_samples))
         labels, values = [c[label_column] for c in cells], [c[image_column] for c in cells]

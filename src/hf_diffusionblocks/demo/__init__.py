@@ -1,6 +1,6 @@
 """A small page that samples a blocked DiT and shows which block works at each step: ``diffusionblocks demo``.
 
-Gradio is needed to show it (``pip install 'hf_diffusionblocks[demo]'``); the steps that it shows, ``denoising_steps``,
+Gradio is needed to show it (``pip install 'hf-diffusionblocks[demo]'``); the steps that it shows, ``denoising_steps``,
 do without.
 """
 

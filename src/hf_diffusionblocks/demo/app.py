@@ -44,7 +44,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ValueError(f"the demo needs Gradio ({error}): pip install 'hf_diffusionblocks[demo]'.") from error
+        raise ValueError(f"the demo needs Gradio ({error}): pip install 'hf-diffusionblocks[demo]'.") from error
     return gradio
 
 

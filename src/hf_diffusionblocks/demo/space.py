@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 from .. import __version__, serialization
@@ -69,7 +70,7 @@ def write_space(model: str, directory: str | os.PathLike, title: str | None = No
         "README.md": _README.format(model=model, title=quoted, gradio=import_gradio().__version__),
     }
     for name, text in contents.items():
-        serialization.atomic_write(target / name, lambda path, text=text: path.write_text(text, encoding="utf-8"))
+        serialization.atomic_write(target / name, partial(Path.write_text, data=text, encoding="utf-8"))
     return [target / name for name in contents]
 
 

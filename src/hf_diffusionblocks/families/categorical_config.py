@@ -65,7 +65,8 @@ class CategoricalConfig(TransformersBaseConfig):
         self._check_settings()
         if self.layers_per_block is None and isinstance(self.num_blocks, int) and self.num_blocks > 0:
             extra = [self.auxiliary_layers_of(b) for b in range(self.num_blocks)]
-            self.layers_per_block = balanced_layers(self.num_layers, extra) if any(extra) else None
+            if any(extra):
+                self.layers_per_block = list(balanced_layers(self.num_layers, extra))
         return super()._make_partition()
 
     def _check_settings(self) -> None:

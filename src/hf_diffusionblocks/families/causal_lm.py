@@ -62,7 +62,7 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
 
     # -- the language model --------------------------------------------------------------------------------------
 
-    def forward(
+    def forward(  # type: ignore[override]  # tokens, as transformers' models
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,

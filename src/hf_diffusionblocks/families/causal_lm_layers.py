@@ -169,7 +169,9 @@ class BlockedDecoder(TokenTableMixin, BlockedCategoricalModel):
             for layer in decoder.layers if decoder is not None else ():
                 yield from (layer.self_attn, layer.mlp)  # two streams never call a layer as a whole
 
-    def dummy_batch(self, batch_size: int, tokens: int | None = None) -> dict[str, Tensor]:
+    def dummy_batch(  # type: ignore[override]  # a family names its settings
+        self, batch_size: int, tokens: int | None = None
+    ) -> dict[str, Tensor]:
         tokens = tokens or min(256, self.config.max_position_embeddings)
         batch = {"input_ids": torch.zeros(batch_size, tokens, dtype=torch.int64)}
         if self.config.context == "cascade":  # what the blocks below give, one of which is resident at a time

@@ -170,7 +170,7 @@ class DenoisingDecoder(BlockedDecoder):
         # log N(z; e_k, sigma^2) = <z, e_k> / sigma^2 + what does not depend on k, since all rows have norm 1.
         return [(hidden, self.head_weight(block)), (z / sigma.float()[..., None] ** 2, table)]
 
-    def denoise(
+    def denoise(  # type: ignore[override]  # noisy targets beside clean tokens
         self,
         z: Float[Tensor, "batch tokens width"],
         sigma: Tensor | float,

@@ -176,7 +176,9 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         with torch.autocast(logits.device.type, enabled=False):
             return logits.softmax(-1) @ self.target_table(logits.dtype)
 
-    def check_input(self, z: Tensor, pixel_values: Tensor | None = None) -> None:
+    def check_input(  # type: ignore[override]  # a label is denoised given its image
+        self, z: Tensor, pixel_values: Tensor | None = None
+    ) -> None:
         """Raise a ``ValueError`` for images or noisy labels of another shape than the model's."""
         if not isinstance(z, Tensor) or z.ndim != 2 or z.shape[1] != self.config.hidden_size:
             shape = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
@@ -186,7 +188,9 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         if len(check_images(self.config, pixel_values)) != len(z):
             raise ValueError(f"{len(pixel_values)} images for {len(z)} noisy labels: give one image per label.")
 
-    def _denoise(self, z: Tensor, sigma: Tensor, block: int, *, pixel_values: Tensor) -> Tensor:
+    def _denoise(  # type: ignore[override]
+        self, z: Tensor, sigma: Tensor, block: int, *, pixel_values: Tensor
+    ) -> Tensor:
         """D_b = sum_k p_k e_k: the posterior mean of the label's embedding (arXiv 2506.14202, App. B)."""
         z = z.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
         hidden = self.start_of(block, {"pixel_values": check_images(self.config, pixel_values)})
@@ -194,7 +198,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
 
     # -- the classifier ------------------------------------------------------------------------------------------
 
-    def forward(
+    def forward(  # type: ignore[override]  # images, as transformers' models
         self,
         pixel_values: Float[Tensor, "batch channels height width"],
         labels: Int[Tensor, "batch"] | None = None,
@@ -247,7 +251,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         if self.config.context == "independent":
             block = 0 if block is None else block
             self.partition.check_block(block)
-            chain = (block,)
+            chain: tuple[int, ...] = (block,)
         elif block in (None, last):
             chain = tuple(range(last + 1))
         else:
@@ -267,7 +271,8 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         for name, value in (("num_inference_steps", steps), ("num_draws", draws)):
             check_count(name, value)
         generator = torch.Generator().manual_seed(0) if generator is None else generator
-        levels = equal_probability_grid(steps, self.partition.noise).tolist()
+        noise: Any = self.partition.noise  # of sigma
+        levels = equal_probability_grid(steps, noise).tolist()
         contexts = self._contexts(pixel_values, {self.partition.block_of(level) for level in levels})
         ends, count = [], len(pixel_values)
         for _ in range(draws):
@@ -314,7 +319,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         for layer in (*module.layers, *module.auxiliary_layers):
             yield from (layer.attention, layer.mlp)  # with a noisy label, no layer is called as a whole
 
-    def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:
+    def dummy_batch(self, batch_size: int) -> dict[str, Tensor]:  # type: ignore[override]  # no settings
         batch = {
             "pixel_values": torch.zeros(batch_size, self.config.num_channels, *self.config.image_size),
             "class_labels": torch.zeros(batch_size, dtype=torch.int64),

@@ -1,15 +1,11 @@
 """Config of blocked models of tokens: vocabulary, special tokens, and what of a base can be cut."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..mixins import MixinBase
 from .base_config import complete_transformers_config
-
-if TYPE_CHECKING:  # what stands behind a mixin among the bases
-    from .base_config import TransformersBaseConfig as _Behind
-else:
-    _Behind = object
 
 _SIZES = (
     "num_hidden_layers",
@@ -25,7 +21,7 @@ _SIZES = (
 _OUTSIDE = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "final_logit_softcapping")
 
 
-class LanguageConfigMixin(_Behind):
+class LanguageConfigMixin(MixinBase):
     """Of a ``TransformersBaseConfig`` of a language model: the base's special tokens are the model's."""
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -188,16 +188,16 @@ class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
     ) -> tuple[Tensor, int]:
         if sigma is None:
             sigma = self.hidden_share(z, attention_mask)
-        sigma = torch.as_tensor(sigma, device=z.device, dtype=torch.float32)
-        if sigma.shape not in ((), z.shape[:1]):
-            raise ValueError(f"sigma has shape {list(sigma.shape)}: give a mask rate or one per row, [{len(z)}].")
-        sigma = sigma.expand(len(z))
+        rate = torch.as_tensor(sigma, device=z.device, dtype=torch.float32)
+        if rate.shape not in ((), z.shape[:1]):
+            raise ValueError(f"sigma has shape {list(rate.shape)}: give a mask rate or one per row, [{len(z)}].")
+        rate = rate.expand(len(z))
         if block is None:
-            return sigma, self._single_block(sigma)
-        self.partition.check_sigma(sigma)
-        return sigma, block
+            return rate, self._single_block(rate)
+        self.partition.check_sigma(rate)
+        return rate, block
 
-    def forward(
+    def forward(  # type: ignore[override]  # tokens, as transformers' models
         self,
         input_ids: Int[Tensor, "batch tokens"] | None = None,
         attention_mask: Tensor | None = None,
@@ -234,7 +234,11 @@ class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
         rate = self.hidden_share(input_ids, attention_mask) if mask_rate is None else mask_rate
         rate = torch.as_tensor(rate, dtype=torch.float32, device=input_ids.device).expand(len(input_ids))
         owners = self.partition.block_of(rate) if block is None else torch.full_like(input_ids[:, 0], block)
-        given = {"attention_mask": attention_mask, "position_ids": position_ids, "token_type_ids": token_type_ids}
+        given: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "token_type_ids": token_type_ids,
+        }
         given = {k: v if len(v) == len(rate) else v.expand(len(rate), -1) for k, v in given.items() if v is not None}
         logits, losses = None, []
         for b in owners.unique().tolist():
@@ -268,7 +272,9 @@ class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
     def layer_modules(self, block: int) -> Iterator[nn.Module]:
         yield from self.block(block).layers()
 
-    def dummy_batch(self, batch_size: int, tokens: int | None = None) -> dict[str, Tensor]:
+    def dummy_batch(  # type: ignore[override]  # a family names its settings
+        self, batch_size: int, tokens: int | None = None
+    ) -> dict[str, Tensor]:
         tokens = tokens or min(256, self.config.max_position_embeddings)
         clean = 0 if self.config.mask_token_id else 1
         return {"input_ids": torch.full((batch_size, tokens), clean, dtype=torch.int64)}

@@ -71,7 +71,11 @@ class BlockedMaskedLMConfig(LanguageConfigMixin, TransformersBaseConfig):
         if self.noise:
             raise ValueError(f"noise={self.noise} has no meaning where tokens are masked: cut the mask rate by edges.")
         check_noise_embedding_dim(self.noise_embedding_dim)
-        shape = {"noise": MaskNoise(), "overlap": self.overlap, "layers_per_block": self.layers_per_block}
+        shape: dict[str, Any] = {
+            "noise": MaskNoise(),
+            "overlap": self.overlap,
+            "layers_per_block": self.layers_per_block,
+        }
         if self.edges is None:
             if self.partition == "explicit":
                 raise ValueError("partition='explicit' needs edges: B + 1 mask rates from 1 down to 0.")

@@ -1,20 +1,14 @@
 """What blocked models of tokens have in common: one table of token embeddings, which all blocks share."""
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from ..mixins import MixinBase
 from ..modeling import BlockedPreTrainedModel
 from .causal_lm_checks import check_tokens
 
-if TYPE_CHECKING:  # what stands behind a mixin among the bases
-    from transformers import PreTrainedModel as _Behind
-else:
-    _Behind = object
 
-
-class TokenTableMixin(_Behind):
+class TokenTableMixin(MixinBase):
     """Of a ``BlockedPreTrainedModel`` of tokens: the embeddings, their number, and checks of batches."""
 
     embed_tokens: nn.Embedding

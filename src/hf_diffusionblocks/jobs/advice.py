@@ -85,7 +85,7 @@ def advice(config: BlockedCausalLMConfig, cost: TrainingCompute, small: SmallMod
         f"Do blocks pay here? In the memory of one block, a model of {small.layers} layers can be trained end to end, "
         f"and for the compute of the blocks it gets {small.updates:.2f} times their updates."
     )
-    if small.tokens is None:
+    if small.tokens is None or small.tokens_per_parameter is None:
         return (
             f"{head} Whether it saturates depends on how long that is: set training.max_steps to see. Below "
             f"{SMALL_MODEL_WINS_BELOW} tokens per parameter of its layers the small model won our comparisons, above "

@@ -55,7 +55,7 @@ def build_trainer(
     def prepare(model: BlockedForImageClassification) -> None:
         check_classes(train, model.config)
         building.name_classes(model, train)
-        if lower is not None:
+        if lower is not None and blocks:
             take_lower_blocks(model, lower, min(blocks))
 
     def load_teacher(args: DiffusionBlocksTrainingArguments) -> Any:
@@ -63,7 +63,13 @@ def build_trainer(
             return None
         return AutoModelForImageClassification.from_pretrained(building.base_to_distil(recipe))
 
-    made = {"prepare": prepare, "load_teacher": load_teacher, "blocks": blocks, "lower": lower, "callbacks": callbacks}
+    made: dict[str, Any] = {
+        "prepare": prepare,
+        "load_teacher": load_teacher,
+        "blocks": blocks,
+        "lower": lower,
+        "callbacks": callbacks,
+    }
     return building.make_trainer(recipe, train, held_out, **made)
 
 

@@ -9,7 +9,7 @@ from ..recipes import Recipe
 from .common import planned
 
 
-def _tokens(recipe: Recipe) -> dict[str, int]:
+def _tokens(recipe: Recipe) -> dict[str, Any]:
     return {"tokens": recipe.data.block_length} if recipe.kind.has_text else {}
 
 

@@ -128,7 +128,7 @@ def build_trainer(
     """The trainer of a language model's recipe; see ``building.make_trainer``."""
 
     def prepare(model: BlockedForCausalLM) -> None:
-        if lower is not None:
+        if lower is not None and blocks:
             _take_lower_blocks(model, lower, min(blocks), tokenizer)
 
     def load_teacher(args: DiffusionBlocksTrainingArguments) -> Any:
@@ -141,7 +141,13 @@ def build_trainer(
             )
         return AutoModelForCausalLM.from_pretrained(recipe.model["base"])
 
-    made = {"prepare": prepare, "load_teacher": load_teacher, "blocks": blocks, "lower": lower, "callbacks": callbacks}
+    made: dict[str, Any] = {
+        "prepare": prepare,
+        "load_teacher": load_teacher,
+        "blocks": blocks,
+        "lower": lower,
+        "callbacks": callbacks,
+    }
     return make_trainer(recipe, train, held_out, tokenizer=tokenizer, **made)
 
 

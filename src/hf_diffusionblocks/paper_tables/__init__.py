@@ -104,7 +104,7 @@ class PaperTable:
 
 
 def _setting(values: dict[str, Any]) -> Setting:
-    recipe = values.get("recipe")
+    recipe: Any = values.get("recipe")
     rows = tuple(
         PaperRow(row["label"], tuple(row["figures"]), row.get("command") or _train(recipe, row["train"]))
         for row in values["rows"]

@@ -68,7 +68,7 @@ def _setting_values(table: PaperTable, setting: Setting) -> dict[str, Any]:
 
 def _study_values(study: Study) -> dict[str, Any]:
     found = measured()["studies"].get(study.name)
-    values = {"study": study.name, "what": study.what, "command": study.command}
+    values: dict[str, Any] = {"study": study.name, "what": study.what, "command": study.command}
     values["columns"] = [column.heading for column in study.columns]
     if found is None:
         return values | {"rows": [], "machines": [], "dates": []}

@@ -3,20 +3,15 @@
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..mixins import MixinBase
 from ..serialization import SHARED_NAME, block_file, file_of_key
 from .pushing import Push, push_directory
 
-if TYPE_CHECKING:  # what stands behind a mixin among the bases
-    from torch.nn import Module as _Behind
-else:
-    _Behind = object
 
-
-class PushedBlocks(_Behind):
+class PushedBlocks(MixinBase):
     """Adds ``push_to_hub`` to a model with ``save_pretrained``, ``block`` and ``_own_state_dict``."""
 
     def push_to_hub(

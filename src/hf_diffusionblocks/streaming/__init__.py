@@ -5,21 +5,17 @@ import contextvars
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
+from ..mixins import MixinBase
 from ..serialization import FileFinder, block_file
 from .homes import ALIGNMENT, FileHome, HostHome, Layout, WeightFileHome
 from .streamer import WEIGHTS, Streamer, Transfer
 
 HOMES = ("host", "disk")
-
-if TYPE_CHECKING:  # what stands behind a mixin among the bases
-    from torch.nn import Module as _Behind
-else:
-    _Behind = object
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def requested_streaming() -> StreamingRequest | None:
     return _requested.get()
 
 
-class StreamedBlocks(_Behind):
+class StreamedBlocks(MixinBase):
     """The part of a blocked model that streams its blocks. The model has ``blocks``, and asks ``block`` for one.
 
     Attributes:
