@@ -22,7 +22,8 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text demo-memory test test-slow test-oldest coverage check-wheel lint types docs bench clean
+.PHONY: help install demo demo-text demo-memory test test-slow test-oldest coverage check-wheel lint types docs notebooks bench \
+	clean
 
 help: ## Print the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +81,10 @@ types: $(STAMP) ## Check the types
 
 docs: $(STAMP) ## Build the documentation's site into site/
 	$(PY) -m zensical build --clean --strict
+
+notebooks: $(STAMP) ## Run the notebooks and keep their outputs (NOTEBOOKS="own_family" for some of them)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[notebooks]'
+	$(PY) notebooks/execute.py $(NOTEBOOKS)
 
 bench: $(STAMP) ## Memory and speed, or the scripts named: make bench BENCHMARKS=benchmarks/residency.py
 	@[ -n "$(strip $(BENCHMARKS))" ] || { echo "error: no script in benchmarks/" >&2; exit 1; }

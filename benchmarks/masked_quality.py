@@ -44,6 +44,25 @@ def load(text: Path):
     return *(load_text_dataset(str(text), split, **common) for split in ("train", "test")), tokenizer
 
 
+def base_of(width: int, layers: int, vocab_size: int) -> dict:
+    """The config of the network that is cut."""
+    return {
+        "model_type": "qwen2",
+        "hidden_size": width,
+        "intermediate_size": round(8 / 3 * width),
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "initializer_range": 0.06,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": LENGTH,
+        "tie_word_embeddings": False,
+    }
+
+
 def run_job(study: str, name: str, seed: int, text: Path) -> None:
     """Train and score one arm with one seed; append the result."""
     import torch
@@ -57,21 +76,7 @@ def run_job(study: str, name: str, seed: int, text: Path) -> None:
     layers, blocks, factor, training = ARMS[name]
     steps = updates * factor
     train, test, tokenizer = load(text)
-    base = {
-        "model_type": "qwen2",
-        "hidden_size": width,
-        "intermediate_size": round(8 / 3 * width),
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "use_sliding_window": True,
-        "sliding_window": 4,
-        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
-        "initializer_range": 0.06,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": LENGTH,
-        "tie_word_embeddings": False,
-    }
+    base = base_of(width, layers, len(tokenizer))
     torch.manual_seed(seed)
     model = BlockedForMaskedLM.from_base(base, blocks, mask_token_id=tokenizer.mask_token_id)
     work = RESULTS / "work-masked" / file_name(f"{study} {name}", seed)

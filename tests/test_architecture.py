@@ -121,14 +121,14 @@ def test_samplers_and_metrics_do_not_import_the_trainer():
             assert "training" not in imported_tops(path)
 
 
-# What is larger than the rest; reasons in docs/design.md, "How large things are".
-LONG_FILES = {"training/trainer.py"}
+# What may be larger than the rest, each with its reason in docs/design.md, "How large things are". Nothing is.
+LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 
 
 def test_files_are_short():
     long = {str(p.relative_to(ROOT)): n for p in ROOT.rglob("*.py") if (n := len(p.read_text().splitlines())) > 400}
-    assert set(long) == LONG_FILES, long
+    assert set(long) <= LONG_FILES, long
 
 
 def code_lines(function: ast.FunctionDef) -> int:
@@ -144,7 +144,7 @@ def test_functions_fit_a_screen():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and code_lines(node) > 60
     }
-    assert set(long) == LONG_FUNCTIONS, long
+    assert set(long) <= LONG_FUNCTIONS, long
 
 
 def walked_names() -> list[str]:

@@ -12,6 +12,16 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "benchmarks"
 
 
+def documented(page: str) -> str:
+    """A page's text, its lines joined as they were written."""
+    return " ".join((ROOT / "docs" / page).read_text(encoding="utf-8").split())
+
+
+def missing(lines: list[str], text: str) -> list[str]:
+    """The lines that a documented text lacks, however it is wrapped."""
+    return [line for line in lines if " ".join(line.split()) not in text]
+
+
 @pytest.fixture
 def script(monkeypatch):
     """Imports a script of benchmarks/ as its neighbours do."""
@@ -27,15 +37,15 @@ def script(monkeypatch):
 
 @pytest.mark.parametrize("study", ["digits", "fashion"])
 def test_the_documented_tables_are_those_of_the_kept_results(script, study):
-    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    text = documented("experiments.md")
     lines = [line for line in script("quality").table(study).splitlines() if line]
-    assert len(lines) > 5 and all(line in text for line in lines), [line for line in lines if line not in text]
+    assert len(lines) > 5 and not missing(lines, text), missing(lines, text)
 
 
 def test_the_table_of_masked_models_is_that_of_the_kept_results(script):
-    text = (ROOT / "docs" / "experiments-masked.md").read_text(encoding="utf-8")
+    text = documented("experiments-masked.md")
     lines = script("masked_quality").table("austen").splitlines()
-    assert len(lines) > 5 and all(line in text for line in lines), [line for line in lines if line not in text]
+    assert len(lines) > 5 and not missing(lines, text), missing(lines, text)
 
 
 def test_every_study_has_its_results_where_it_looks_for_them(script):
@@ -78,6 +88,37 @@ def test_the_bare_loop_learns_from_the_rows_in_turn(script):
 
 
 def test_the_documented_table_of_recurrent_depth_is_that_of_the_kept_results(script):
-    text = (ROOT / "docs" / "experiments-recurrent.md").read_text(encoding="utf-8")
+    text = documented("experiments-recurrent.md")
     lines = [line for line in script("recurrent").table().splitlines() if line]
-    assert len(lines) > 5 and all(line in text for line in lines), [line for line in lines if line not in text]
+    assert len(lines) > 5 and not missing(lines, text), missing(lines, text)
+
+
+def test_the_readme_holds_the_table_of_all_families_as_the_results_make_it(script):
+    module = script("results_table")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert module.written(text) == text, "run: python benchmarks/results_table.py --write"
+    shown = module.table()
+    assert all(f"({number}) `{group.command}`" in shown for number, group in enumerate(module.GROUPS, start=1))
+    for group in module.GROUPS:
+        known = {row["arm"] for row in group.rows()}
+        assert next(iter(group.arms)) in known and set(group.ours) <= known & set(group.arms), group.title
+
+
+def test_the_readmes_figures_of_capacity_are_those_of_the_kept_results(script):
+    rows = script("_studies").read_rows(SCRIPTS / "results" / "quality-capacity.jsonl")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    def losses(arm: str) -> list[float]:
+        found = [r["held_out_loss"] for r in sorted(rows, key=lambda r: r["seed"]) if r["arm"] == arm]
+        assert len(found) == 3
+        return found
+
+    for updates in (500, 2000, 5000):
+        whole, blocked = (
+            losses(f"end to end, L, {updates} updates"),
+            losses(f"blocked, B=3, {updates} updates per block"),
+        )
+        small = losses(f"end to end, L/3, {3 * updates} updates")
+        cells = " | ".join(f"{sum(x) / 3:.4f}" for x in (whole, blocked, small))
+        mean = sum(b - s for b, s in zip(blocked, small, strict=True)) / 3
+        assert f"| {updates} | {cells} | {mean:+.4f} ±" in text

@@ -34,7 +34,10 @@ def train(folder: Path, *options: str) -> int:
     return main(["train", "digits-vit", *SMALL, *options, "--output-dir", str(folder)])
 
 
-@pytest.mark.parametrize("settings", [[], ["blocks.preset=paper", "evaluation.steps=[2]"]], ids=["default", "paper"])
+PAPER = ["blocks.preset=paper", "evaluation.steps=[2]", "evaluation.draws=[1, 3]"]
+
+
+@pytest.mark.parametrize("settings", [[], PAPER], ids=["default", "paper"])
 def test_train_and_evaluate(settings, tmp_path, capsys):
     assert train(tmp_path / "run", *settings) == 0
     figures = json.loads((tmp_path / "run" / "figures" / "figures.json").read_text())
@@ -42,6 +45,10 @@ def test_train_and_evaluate(settings, tmp_path, capsys):
     assert 0 <= figures["accuracy"] <= 1 and 0 <= figures["calibration_error"] <= 1
     assert len(figures["local_nats_per_block"]) == 3 and figures["num_predictions"] == 360
     assert list(figures.get("accuracy_by_steps", {})) == (["2"] if settings else [])
+    assert list(figures.get("calibration_error_by_draws", {})) == (["1", "3"] if settings else [])
+    if settings:  # the single draw is how it predicts unless told otherwise
+        assert figures["calibration_error_by_draws"]["1"] == figures["calibration_error"]
+        assert figures["negative_log_likelihood_by_draws"]["3"] != figures["negative_log_likelihood"]
     capsys.readouterr()
     model = str(tmp_path / "run" / "model")
     assert main(["evaluate", model, "--output", str(tmp_path / "again.json")]) == 0
@@ -129,6 +136,7 @@ def test_baselines_of_equal_updates_and_of_equal_compute():
         (["blocks.readout=noisy"], ["noisy"]),
         (["sampling.num_draws=0"], ["sampling.num_draws=0"]),
         (["evaluation.steps=[0]"], ["evaluation.steps=[0]"]),
+        (["evaluation.draws=[0]"], ["evaluation.draws=[0]"]),
         (["training.hidden_weight=1"], ["hidden_weight=1", "LabelPrediction"]),
     ],
 )

@@ -49,6 +49,11 @@ def test_the_limit_for_vit_is_that_of_the_kept_results():
     assert paired(found, ours, small, "accuracy") < -0.05
     updates = next(r["updates_per_block"] for r in found if r["arm"] == small)
     assert round(updates * 64 * 16 / (4 * LAYER["image_classification"])) == MEASURED["image_classification"].small_wins
+    small, ours = "ViT, backpropagation, L/B, equal compute", "ViT, blocks, the library's default"
+    found = [r for r in rows("classification-rivals") if r["study"] == "fashion-vit"]
+    wide, patches = 33_472, next(r["updates"] for r in found if r["arm"] == small) * 64 * 16
+    assert paired(found, ours, small, "accuracy") < -0.02
+    assert patches / (4 * wide) < MEASURED["image_classification"].small_wins
 
 
 def test_parameters_and_patches_are_those_that_the_limits_were_made_with():

@@ -1,18 +1,32 @@
-"""The cards in model_cards/ are what the library writes, and the Hub's library reads them."""
+"""The cards in model_cards/ are what the library writes of a recipe's run, and the Hub's library reads them."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from hf_diffusionblocks.recipes import load_recipe
+
 CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*.md"))
+# The figure that ranks models of a family, and between which values it lies for one that has learned something.
+HEADLINES = {
+    "digits-dit": ("class_agreement", 0.9, 1.0),
+    "digits-vit": ("accuracy", 0.9, 1.0),
+    "pydoc-llama": ("bits_per_character", 1.5, 2.6),
+}
 
 
-def test_there_is_the_demos_card():
-    assert [path.stem for path in CARDS] == ["digits-dit"]
+def card_id(path: Path) -> str:
+    return path.stem
 
 
-@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_the_cards_are_of_the_recipes_that_were_run():
+    assert sorted(HEADLINES) == [path.stem for path in CARDS]
+
+
+@pytest.mark.parametrize("path", CARDS, ids=card_id)
 def test_a_card_parses_and_has_what_the_library_writes(path):
     card = ModelCard.load(path)
     assert card.data.to_dict()["library_name"] and card.data.tags and card.data.license is None
@@ -22,3 +36,32 @@ def test_a_card_parses_and_has_what_the_library_writes(path):
     assert "from_pretrained" in text and "/tmp/" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("all ")]
     assert int(row.split()[1].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize("path", CARDS, ids=card_id)
+def test_a_card_is_of_its_recipes_setting(path):
+    recipe, text = load_recipe(path.stem), path.read_text(encoding="utf-8")
+    assert f"| data | {recipe.data.name} |" in text and f"| method | {recipe.method} |" in text
+    for name, value in recipe.training.items():
+        if name != "output_dir":
+            value = f"{value:.4g}" if isinstance(value, float) else value
+            assert f"| {name.replace('_', ' ')} | {value} |" in text, name
+    rows = re.findall(r"^\d +(\d+)(?:-(\d+))? ", text.split("## Blocks")[1], flags=re.MULTILINE)
+    layers = [list(range(int(first), int(last or first) + 1)) for first, last in rows]
+    assert len(layers) == recipe.blocks["num_blocks"]
+    count = recipe.model.get("num_layers") or recipe.model["num_hidden_layers"]
+    assert sum(layers, []) == list(range(count))  # every layer is some block's, none is lost
+
+
+@pytest.mark.parametrize("path", CARDS, ids=card_id)
+def test_a_cards_figures_are_results_on_the_hub(path):
+    results = {r.metric_type: r.metric_value for r in ModelCard.load(path).data.eval_results}
+    assert all(math.isfinite(value) for value in results.values())
+    name, low, high = HEADLINES[path.stem]
+    assert low <= results[name] <= high
+    assert results["training_seconds"] > 0
+
+
+def test_another_setting_would_be_found():
+    text = CARDS[0].read_text(encoding="utf-8")
+    assert "| max steps | 1800 |" in text and "| max steps | 1801 |" not in text

@@ -1,4 +1,7 @@
-"""Every Python line of the README runs, every command in it parses, every recipe and file it names exists."""
+"""Every Python line of the README runs, every command in it parses, every recipe and file it names exists.
+
+So do those of the two pages that the README's longer examples stand on, whose lines build on each other.
+"""
 
 import contextlib
 import io
@@ -9,18 +12,34 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from hf_diffusionblocks import BlockedDiTPipeline
 from hf_diffusionblocks.cli import build_parser
+from hf_diffusionblocks.data import train_tokenizer
 from hf_diffusionblocks.recipes import load_recipe, recipe_names
 from hf_diffusionblocks.serialization import block_file
+from tiny import tiny_dit
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("docs/how-to/images.md", "docs/how-to/text.md")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+def blocks(language: str, text: str = TEXT) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def make_what_is_named(folder: Path) -> None:
+    """Small models under the names of those on the Hub, and a text: directories come before the Hub."""
+    name = folder / "HuggingFaceTB" / "SmolLM2-135M"
+    text = "It is a truth universally acknowledged, that a single man must be in want of a wife. " * 60
+    (folder / "novels.txt").write_text(text)
+    tokenizer = train_tokenizer([text], "character")
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(name)
+    tokenizer.save_pretrained(name)
+    BlockedDiTPipeline(tiny_dit(num_blocks=3, num_layers=3)).save_pretrained(folder / "user" / "digits-dit")
 
 
 def commands() -> list[str]:
@@ -32,12 +51,29 @@ def commands() -> list[str]:
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory) -> dict:
     """What the Python blocks leave, run in order, and what they print (``said``) and write (``folder``)."""
-    namespace: dict = {}
-    folder, said = tmp_path_factory.mktemp("readme"), io.StringIO()
+    folder, said, left = tmp_path_factory.mktemp("readme"), io.StringIO(), {}
+    make_what_is_named(folder)
     with contextlib.chdir(folder), contextlib.redirect_stdout(said):
-        for block in blocks("python"):
-            exec(block, namespace)
-    return namespace | {"said": said.getvalue(), "folder": folder}
+        for name in ("README.md", *PAGES):
+            namespace: dict = {}
+            for block in blocks("python", (ROOT / name).read_text(encoding="utf-8")):
+                exec(block, namespace)
+            left[name] = namespace
+    return (
+        {"readme": left["README.md"], **left[PAGES[0]], "said": said.getvalue(), "folder": folder}
+        | {name: left[PAGES[1]][name] for name in ("half", "config", "prompt")}
+        | {"language_model": left[PAGES[1]]["model"]}
+    )
+
+
+def test_the_quick_starts_are_short_and_do_what_they_say(ran):
+    assert all(sum(map(bool, block.splitlines())) < 10 for block in blocks("python"))  # blank lines aside
+    readme = ran["readme"]
+    assert readme["block"].resident_blocks == (1,) and len(readme["images"]) == 4
+    again = AutoModelForCausalLM.from_pretrained(ran["folder"] / "runs" / "novels" / "base")
+    base = AutoModelForCausalLM.from_pretrained(ran["folder"] / readme["base"])
+    assert type(again) is LlamaForCausalLM
+    assert not torch.equal(again.model.layers[1].mlp.up_proj.weight, base.model.layers[1].mlp.up_proj.weight)  # trained
 
 
 def test_python_blocks_run_in_order(ran):
@@ -69,7 +105,7 @@ def test_diffusers_own_loader_does_not_find_the_pipeline(ran):
 
 
 def test_a_cache_of_another_batch_is_refused_by_its_size_only(ran):
-    model = ran["model"].eval()
+    model = ran["language_model"].eval()
     ours, theirs = torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[7, 8, 9], [10, 11, 12]])
     next_token = torch.tensor([[13], [14]])
     known = model(torch.cat([ours, next_token], dim=1)).logits[:, -1]

@@ -175,10 +175,10 @@ class BlockFiles(MixinBase):
         cls, name: str | os.PathLike, kwargs: dict[str, Any]
     ) -> tuple[DiffusionBlocksConfig, dict[str, Any]]:
         """The config of a model that is loaded in part, and the other keywords."""
-        config = kwargs.pop("config", None) or name
+        config: Any = kwargs.pop("config", None) or name
         if isinstance(config, DiffusionBlocksConfig):
             return config, kwargs
-        dtype = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
+        dtype: dict[str, Any] = {name: kwargs.pop(name) for name in ("dtype", "torch_dtype") if name in kwargs}
         config, kwargs = cls.config_class.from_pretrained(config, return_unused_kwargs=True, **kwargs)
         return config, kwargs | dtype
 

@@ -202,7 +202,12 @@ def plan_memory(
     plain = end_to_end_config(config)
     step = FakeStep(make, batch_size, dtype, mixed_precision, objective, target, batch_settings)
     blocked, end_to_end = step.build(config), step.build(plain)
-    state = {"use_ema": use_ema, "optim": optim, "optim_args": optim_args or {}, "release": gradient_release}
+    state: dict[str, Any] = {
+        "use_ema": use_ema,
+        "optim": optim,
+        "optim_args": optim_args or {},
+        "release": gradient_release,
+    }
     rows = _predicted_rows(step, end_to_end, blocked, state)
     others = None
     if alternatives:

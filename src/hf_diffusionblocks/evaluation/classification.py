@@ -64,7 +64,7 @@ def score_classifier(
     Returns:
         What ``ClassificationQuality`` gives, and the loss that each block is trained
         on, on held-out images (with noise, it ranks nothing across models). Where the label is denoised, the accuracy
-        for each number of steps as well.
+        for each number of steps as well, and that and the calibration for each number of noise draws asked for.
     """
     common = {"max_samples": settings.held_out_samples, "batch_size": settings.batch_size}
     walk = {"num_inference_steps": prediction.num_inference_steps, "num_draws": prediction.num_draws}
@@ -79,5 +79,11 @@ def score_classifier(
             found = predict(model, dataset, num_inference_steps=steps, num_draws=walk["num_draws"], **common)[0]
             accuracies[steps] = float((found.argmax(-1) == labels).double().mean())
         figures["accuracy_by_steps"] = accuracies
+        ensembles = {}
+        for draws in settings.draws:
+            found = predict(model, dataset, **walk | {"num_draws": draws}, **common)[0]
+            ensembles[draws] = quality.compute(predictions=found, references=labels)
+        for name in ("accuracy", "calibration_error", "negative_log_likelihood") if ensembles else ():
+            figures[f"{name}_by_draws"] = {draws: found[name] for draws, found in ensembles.items()}
     local = LabelPrediction().held_out(model, dataset, seed=seed, **common)
     return figures | {"local_nats_per_block": local.per_range}

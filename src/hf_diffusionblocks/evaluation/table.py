@@ -11,7 +11,7 @@ def format_figures(figures: dict[str, Any]) -> str:
         if isinstance(value, (list, tuple)):
             text = ", ".join(_short(v) for v in value)
         elif isinstance(value, dict):
-            text = ", ".join(f"{k}: {v}" for k, v in value.items())
+            text = ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
         else:
             text = f"{value:.3e}" if isinstance(value, float) and 1e5 <= abs(value) < math.inf else _short(value)
         lines.append(f"{name.replace('_', ' '):<36}{text}")

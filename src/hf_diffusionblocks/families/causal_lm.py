@@ -32,7 +32,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..losses import linear_cross_entropy, linear_logits
+from ..losses import Pairs, linear_cross_entropy, linear_logits
 from .base_loading import convert
 from .categorical_config import family_settings
 from .causal_lm_checks import (
@@ -120,16 +120,29 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
         kwargs |= {"attention_mask": attention_mask, "position_ids": position_ids}
         keep = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         hidden = self.language_hidden(hidden, block, past_key_values, keep=keep, **kwargs)
-        kept = hidden[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+        pairs = [(hidden, self.language_head(block))]
+        return self._language_output(pairs, labels, items, logits_to_keep, past_key_values, return_dict)
+
+    def _language_output(
+        self,
+        pairs: Pairs,
+        labels: Int[Tensor, "batch tokens"] | None,
+        items: Tensor | float | int | None,
+        logits_to_keep: int | Tensor,
+        cache: Cache | None,
+        return_dict: bool | None,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits of the tokens to keep, and the loss, of pairs of features and matrices; ``items`` divides its sum."""
         loss = None
         if labels is not None:
-            flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
-            losses = linear_cross_entropy([(flat, self.language_head(block))], labels[:, 1:].reshape(-1))
+            shifted = [(features[:, :-1].flatten(0, 1), weight) for features, weight in pairs]
+            losses = linear_cross_entropy(shifted, labels[:, 1:].reshape(-1))
             if items is None:
                 check_some_target(losses)
             loss = losses.mean() if items is None else losses.sum() / items
-        logits = linear_logits([(kept, self.language_head(block))])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = linear_logits([(features[:, kept], weight) for features, weight in pairs])
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
         return output.to_tuple() if return_dict is False else output
 
     def _caches_by_default(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> bool:

@@ -215,4 +215,6 @@ class DenoisingDecoder(BlockedDecoder):
             features = self.block(block).norm(self.clean_block(hidden, block, **positions))
         table = self.target_table()
         pairs = self.readout(features, z, sigma, block, table)
-        return linear_logits(pairs).float().softmax(-1) @ table
+        p = linear_logits(pairs).float().softmax(-1)
+        with torch.autocast(p.device.type, enabled=False):
+            return p @ table

@@ -23,11 +23,11 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..losses import Pairs, linear_cross_entropy, linear_logits
+from ..losses import Pairs
 from ..suggest import unknown_name
 from .base_config import check_base_settings
 from .causal_lm import BlockedForCausalLM
-from .causal_lm_checks import STOP_STRING_TOOLS, check_keywords, check_some_target
+from .causal_lm_checks import STOP_STRING_TOOLS, check_keywords
 from .recurrent_block import Places, RecurrentBlock, has_values
 from .recurrent_config import PRESETS, BlockedRecurrentConfig, check_recurrences, config_fields
 from .recurrent_walk import unrolled, walk
@@ -278,27 +278,18 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache()
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        some = isinstance(logits_to_keep, int)
+        last = logits_to_keep if isinstance(logits_to_keep, int) and labels is None else 0
         pairs = self.language_pairs(
             hidden,
             past_key_values,
             position_ids=self._positions(hidden, position_ids, past_key_values),
             attention_mask=attention_mask,
-            keep=min(logits_to_keep, hidden.shape[1]) if some and labels is None else 0,
+            keep=min(last, hidden.shape[1]),
             num_recurrences=num_recurrences or self.config.recurrences,
             noise_seed=noise_seed,
         )
-        loss, items = None, kwargs.get("num_items_in_batch")
-        if labels is not None:
-            shifted = [(features[:, :-1].flatten(0, 1), weight) for features, weight in pairs]
-            losses = linear_cross_entropy(shifted, labels[:, 1:].reshape(-1))
-            if items is None:
-                check_some_target(losses)
-            loss = losses.mean() if items is None else losses.sum() / items
-        kept = slice(-logits_to_keep, None) if some else logits_to_keep
-        logits = linear_logits([(features[:, kept], weight) for features, weight in pairs])
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
-        return output.to_tuple() if return_dict is False else output
+        items = kwargs.get("num_items_in_batch")
+        return self._language_output(pairs, labels, items, logits_to_keep, past_key_values, return_dict)
 
     def generate(self, *args: Any, num_recurrences: int | None = None, **kwargs: Any) -> Any:
         """As in transformers, with ``num_recurrences`` per token; sampling draws the noise as well.

@@ -38,7 +38,7 @@ class Measured:
 MEASURED = {
     "dit": Measured(27, 269, "Fashion-MNIST, a DiT of width 32, three seeds; docs/experiments.md"),
     "image_classification": Measured(
-        51, None, "Fashion-MNIST, a ViT of width 32, two seeds, the longest comparison; docs/experiments.md"
+        51, None, "Fashion-MNIST, ViTs of width 32 and 64; docs/experiments.md and docs/experiments-classifiers.md"
     ),
 }
 

@@ -36,15 +36,16 @@ def measure_study(study: Study, rows: Iterable[Mapping[str, Any]]) -> dict[str, 
         rows: of the study's file of results.
 
     Returns:
-        None if no row is of this study.
+        None if no row is of this study. Of several rows of one arm and seed the last one counts.
     """
-    mine: dict[str, list[Mapping[str, Any]]] = {}
+    by_seed: dict[str, dict[int, Mapping[str, Any]]] = {}
     for row in rows:
         arm = row.get("arm", row.get("name", ""))
         if arm.startswith(study.prefix) and all(row.get(key) == value for key, value in study.match.items()):
-            mine.setdefault(arm, []).append(row)
-    if not mine:
+            by_seed.setdefault(arm, {})[row.get("seed", 0)] = row
+    if not by_seed:
         return None
+    mine = {arm: list(found.values()) for arm, found in by_seed.items()}
     order = [arm for arm in study.arms if arm in mine] + [arm for arm in mine if arm not in study.arms]
     found = [
         {

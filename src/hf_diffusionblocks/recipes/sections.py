@@ -244,21 +244,25 @@ class ClassEvaluation:
         batch_size: images per forward pass.
         num_bins: of the calibration error.
         steps: numbers of noise levels to give the accuracy for, where labels are denoised.
+        draws: numbers of noise draws, whose probabilities are averaged, to give accuracy and calibration error for,
+            where labels are denoised.
     """
 
     held_out_samples: int | None = None
     batch_size: int = 250
     num_bins: int = 15
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    draws: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         settle(self, "evaluation.")
         _check_whole("evaluation", self, batch_size=1, num_bins=1)
         if self.held_out_samples is not None:
             _check_whole("evaluation", self, held_out_samples=1)
-        for steps in self.steps:
-            if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-                raise ValueError(f"evaluation.steps={self.steps} must list whole numbers of at least 1.")
+        for name in ("steps", "draws"):
+            for count in getattr(self, name):
+                if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                    raise ValueError(f"evaluation.{name}={getattr(self, name)} must list whole numbers of at least 1.")
 
 
 def _check_whole(section: str, settings: Any, **lowest: int) -> None:

@@ -42,6 +42,14 @@ def find_checkpoints(output_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if (path / STATE_NAME).is_file()]
 
 
+def chosen_checkpoint(output_dir: Path, resume: str | os.PathLike | bool | None) -> Path | None:
+    """The checkpoint to go on from: the newest for True, a directory by its name, or None to start anew."""
+    if resume is True:
+        found = find_checkpoints(output_dir)
+        return found[-1] if found else None
+    return Path(resume) if resume else None
+
+
 def clean_staging(output_dir: Path) -> None:
     """Remove what an interrupted write left behind."""
     if output_dir.is_dir():

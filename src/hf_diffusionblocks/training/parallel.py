@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import FullyShardedDataParallelPlugin, parse_flag_from_env
+from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration, parse_flag_from_env
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -67,9 +67,15 @@ def share_out(blocks: Sequence[int], num_processes: int) -> list[Share]:
     return [Share((block,), tuple(range(starts[i], ends[i]))) for i, block in enumerate(blocks)]
 
 
-def make_accelerator(args: DiffusionBlocksTrainingArguments, **settings: Any) -> Accelerator:
+def make_accelerator(args: DiffusionBlocksTrainingArguments) -> Accelerator:
     """Accelerate's state, on the CPU also where there is nothing else and several processes were launched."""
-    return Accelerator(mixed_precision="no", cpu=on_cpu(args), **settings)
+    directory = str(Path(args.output_dir))
+    return Accelerator(
+        mixed_precision="no",
+        cpu=on_cpu(args),
+        log_with=args.report_to or None,
+        project_config=ProjectConfiguration(project_dir=directory, logging_dir=directory),
+    )
 
 
 def process_state(args: DiffusionBlocksTrainingArguments) -> PartialState:

@@ -15,8 +15,13 @@ def flat_values(values: dict[str, Any]) -> dict[str, Any]:
     return {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
 
 
-def truncate_log(path: Path, iteration: int) -> None:
-    """Drop what was logged after the checkpoint (and a last line that a kill cut short)."""
+def truncate_logs(directory: Path, iteration: int) -> None:
+    """Drop what a run logged after the checkpoint (and a last line that a kill cut short)."""
+    for name in (UPDATES_NAME, EVALUATIONS_NAME):
+        _truncate(directory / name, iteration)
+
+
+def _truncate(path: Path, iteration: int) -> None:
     if not path.is_file():
         return
     kept = []

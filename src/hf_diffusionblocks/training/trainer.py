@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from accelerate.utils import ProjectConfiguration
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
@@ -21,6 +20,7 @@ from .block_trainer import BadSampleError, BlockTrainer, Objective
 from .cascade import check_job, lower_outputs, mark_trained, with_gradient
 from .checkpoint import (
     check_identity,
+    chosen_checkpoint,
     clean_staging,
     find_checkpoints,
     last_good,
@@ -39,7 +39,7 @@ from .run_files import (
     flat_values,
     job_directory,
     set_aside,
-    truncate_log,
+    truncate_logs,
 )
 from .run_status import RunStatus
 from .stopping import StopRequest
@@ -87,11 +87,7 @@ class DiffusionBlocksTrainer:
         args = with_gradient(model, args, distils=teacher is not None)
         self.args, self.train_dataset, self.eval_dataset = args, train_dataset, eval_dataset
         self.output_dir = Path(args.output_dir)
-        self.accelerator = make_accelerator(
-            args,
-            log_with=args.report_to or None,
-            project_config=ProjectConfiguration(project_dir=str(self.output_dir), logging_dir=str(self.output_dir)),
-        )
+        self.accelerator = make_accelerator(args)
         self.model = model
         several = self.accelerator.num_processes > 1
         shared = Group.make(model.config, args, self.accelerator) if several else None
@@ -385,11 +381,7 @@ class DiffusionBlocksTrainer:
         self._notify("on_save")
 
     def _resume(self, resume: str | os.PathLike | bool | None) -> None:
-        if resume is True:
-            found = find_checkpoints(self.output_dir)
-            checkpoint = found[-1] if found else None
-        else:
-            checkpoint = Path(resume) if resume else None
+        checkpoint = chosen_checkpoint(self.output_dir, resume)
         if checkpoint is None:
             if self.iteration == 0 and self.group.is_leader:
                 if self.is_job:
@@ -401,9 +393,8 @@ class DiffusionBlocksTrainer:
         load_checkpoint(checkpoint, state, self.model, self.trainers, self.residency)
         self.iteration = self.state.global_step = state["iteration"]
         self._prepared = None
-        for name in (UPDATES_NAME, EVALUATIONS_NAME):
-            if self.group.is_leader:
-                truncate_log(self.output_dir / name, self.iteration)
+        if self.group.is_leader:
+            truncate_logs(self.output_dir, self.iteration)
 
 
 __all__ = ["DiffusionBlocksTrainer", "NonFiniteLossError"]
