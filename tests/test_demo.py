@@ -136,7 +136,7 @@ def test_the_strip_marks_the_block_that_works(pipe):
 def test_without_gradio_the_steps_work_and_the_page_says_what_to_install(pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert len(list(denoising_steps(pipe, [0], 2))) == 2
-    with pytest.raises(ValueError, match=r"pip install 'hf_diffusionblocks\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'hf-diffusionblocks\[demo\]'"):
         make_app(pipe)
     pipe.save_pretrained(tmp_path / "model")
     assert main(["demo", str(tmp_path / "model")]) == 2

@@ -87,6 +87,7 @@ class DiffusionBlocksConfig(PreTrainedConfig):
     """
 
     model_type = "diffusion_blocks"
+    has_no_defaults_at_init = True  # what is cut has to be given; older transformers ask, before they print a config
 
     if TYPE_CHECKING:
         base_config: dict[str, Any]  # these are None only before ``__post_init__`` has checked and filled them
