@@ -14,7 +14,6 @@ CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*.md"))
 HEADLINES = {
     "digits-dit": ("class_agreement", 0.9, 1.0),
     "digits-vit": ("accuracy", 0.9, 1.0),
-    "pydoc-llama": ("bits_per_character", 1.5, 2.6),
 }
 
 
