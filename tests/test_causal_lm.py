@@ -277,6 +277,18 @@ def test_the_exact_denoiser_weighs_tokens_by_their_likelihood(architecture, read
     torch.testing.assert_close(model.denoise(z, sigma, input_ids=ids).double(), posterior @ table, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_a_row_of_zeros_as_transformers_keeps_for_padding_gets_a_direction():
+    model = blocked_lm("llama", readout="exact", context="cascade")
+    before = model.target_table()
+    model.embed_tokens.weight[3] = 0
+    after = model.target_table()
+    torch.testing.assert_close(after.norm(dim=-1), torch.ones(len(after)))
+    torch.testing.assert_close(after[3], torch.full_like(after[3], after.shape[1] ** -0.5))
+    others = torch.arange(len(after)) != 3
+    torch.testing.assert_close(after[others], before[others], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("readout", ["clean", "exact"])
 @torch.no_grad()
 def test_at_little_noise_the_denoiser_gives_the_tokens_embedding(readout):

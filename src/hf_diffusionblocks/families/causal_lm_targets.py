@@ -24,8 +24,14 @@ class DenoisingDecoder(BlockedDecoder):
     """A decoder in blocks that denoise the embedding of the next token, given the clean tokens before it."""
 
     def target_table(self) -> Float[Tensor, "vocab width"]:
-        """e_k: the token embeddings with rows of norm 1, float32. Noisy targets are ``e_k + sigma * eps``."""
-        return nn.functional.normalize(self.embed_tokens.weight.float(), dim=-1)
+        """e_k: the token embeddings with rows of norm 1, float32. Noisy targets are ``e_k + sigma * eps``.
+
+        A row of zeros has no direction: transformers keeps that of the padding token at zero, which often ends
+        documents as well. It gets the direction of all ones, so that the exact readout and the bound hold for it too.
+        """
+        rows = self.embed_tokens.weight.float()
+        ones = torch.full_like(rows[:1], rows.shape[1] ** -0.5)
+        return torch.where((rows == 0).all(-1, keepdim=True), ones, nn.functional.normalize(rows, dim=-1))
 
     def two_streams(
         self,
