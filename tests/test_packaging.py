@@ -25,9 +25,9 @@ EXTRAS = PROJECT["optional-dependencies"]
 DISTRIBUTIONS = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn", "mauve": "mauve-text"}
 # Required by a dependency of ours for as long as it exists: markupsafe by jinja2, pyarrow by datasets, ...
 BROUGHT = {"markupsafe": "jinja2", "pyarrow": "datasets", "tokenizers": "transformers", "packaging": "transformers"}
-BROUGHT |= {"httpx": "huggingface_hub", "httpx2": "huggingface_hub"}
+BROUGHT |= {"httpx": "huggingface_hub", "httpx2": "huggingface_hub", "starlette": "gradio"}
 # Imported where it is wanted, by a function that names the extra if it is missing.
-OPTIONAL = {"peft": "adapters", "bitsandbytes": "optim", "mauve": "text", "gradio": "demo"}
+OPTIONAL = {"peft": "adapters", "bitsandbytes": "optim", "mauve": "text", "gradio": "demo", "starlette": "demo"}
 
 
 def built(tmp_path: Path, kind: str) -> Path:
@@ -86,10 +86,10 @@ def imported_packages() -> set[str]:
 def test_every_import_has_its_requirement():
     required = {name_of(r) for r in PROJECT["dependencies"]}
     for package in imported_packages():
+        distribution = BROUGHT.get(package, DISTRIBUTIONS.get(package, package))
         if package in OPTIONAL:
-            assert name_of(DISTRIBUTIONS.get(package, package)) in map(name_of, EXTRAS[OPTIONAL[package]]), package
+            assert name_of(distribution) in map(name_of, EXTRAS[OPTIONAL[package]]), package
         else:
-            distribution = BROUGHT.get(package, DISTRIBUTIONS.get(package, package))
             assert name_of(distribution) in required, f"{package} is imported, but no requirement brings it"
 
 

@@ -66,7 +66,8 @@ class CategoricalConfig(TransformersBaseConfig):
         if self.layers_per_block is None and isinstance(self.num_blocks, int) and self.num_blocks > 0:
             extra = [self.auxiliary_layers_of(b) for b in range(self.num_blocks)]
             if any(extra):
-                self.layers_per_block = list(balanced_layers(self.num_layers, extra))
+                balanced = balanced_layers(self.num_layers, extra)
+                self.layers_per_block = None if balanced is None else list(balanced)
         return super()._make_partition()
 
     def _check_settings(self) -> None:
