@@ -93,13 +93,6 @@ def test_the_documented_table_of_recurrent_depth_is_that_of_the_kept_results(scr
     assert len(lines) > 5 and not missing(lines, text), missing(lines, text)
 
 
-@pytest.mark.parametrize("study", ["digits", "fashion-vit", "fashion", "cifar10"])
-def test_the_documented_tables_of_rivals_are_those_of_the_kept_results(script, study):
-    text = documented("experiments-classifiers.md")
-    lines = [line for line in script("classification_rivals").table(study).splitlines() if line]
-    assert len(lines) > 5 and not missing(lines, text), missing(lines, text)
-
-
 def test_the_readme_holds_the_table_of_all_families_as_the_results_make_it(script):
     module = script("results_table")
     text = (ROOT / "README.md").read_text(encoding="utf-8")
