@@ -14,6 +14,7 @@ CARDS = sorted((Path(__file__).parents[1] / "model_cards").glob("*.md"))
 HEADLINES = {
     "digits-dit": ("class_agreement", 0.9, 1.0),
     "digits-vit": ("accuracy", 0.9, 1.0),
+    "pydoc-llama": ("bits_per_character", 1.0, 2.5),
 }
 
 
@@ -58,7 +59,7 @@ def test_a_cards_figures_are_results_on_the_hub(path):
     assert all(math.isfinite(value) for value in results.values())
     name, low, high = HEADLINES[path.stem]
     assert low <= results[name] <= high
-    assert results["training_seconds"] > 0
+    assert not [name for name in results if name.endswith("seconds")]  # no figure of the model
 
 
 def test_another_setting_would_be_found():

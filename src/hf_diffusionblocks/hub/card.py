@@ -75,10 +75,10 @@ def model_card(
             dataset_type=dataset or "unknown",
             dataset_name=dataset or "unknown",
             metric_type=name,
-            metric_value=value,
+            metric_value=float(f"{value:.6g}"),
         )
         for name, value in figures.items()
-        if isinstance(value, float)
+        if isinstance(value, float) and not name.endswith(_NO_METRICS)
     ]
     data = ModelCardData(
         library_name="hf-diffusionblocks",
@@ -101,6 +101,10 @@ def model_card(
         training=_table({**({"data": dataset} if dataset else {}), **(training or {})}) or "Not recorded.",
         figures=_table(figures) or "None were measured.",
     )
+
+
+# Figures that say what was done, and how long it took, but not how good the model is.
+_NO_METRICS = ("_seconds", "guidance_scale")
 
 
 def _is_hub_id(name: str | None) -> bool:

@@ -23,6 +23,7 @@ from .common import Say, merge_jobs, say_where, trainer_says
 from .planning import planned_memory
 
 Pictures = list[tuple[str, Path]]
+_OF_THE_RUN = ("output_dir", "disable_tqdm")  # settings that say nothing of the model
 
 
 class Run:
@@ -136,9 +137,12 @@ class Run:
         if not trainer.group.is_leader:
             return model_dir
         self.save_beside(trainer.model, model_dir)
-        seconds = summary["training_seconds"]
-        self.write_card(trainer.model, model_dir, {"training_seconds": seconds})
-        self._say(f"trained {summary['iterations']} updates in {human_seconds(seconds)}; model saved in {model_dir}")
+        taken = human_seconds(summary["training_seconds"])
+        if resumed:  # the seconds are those of this process only: no figure of the run
+            taken += " since it was resumed"
+            del summary["training_seconds"]
+        self.write_card(trainer.model, model_dir, {k: v for k, v in summary.items() if k == "training_seconds"})
+        self._say(f"trained {summary['iterations']} updates in {taken}; model saved in {model_dir}")
         return self._finish(trainer, model_dir, summary)
 
     def _finish(self, trainer: DiffusionBlocksTrainer, model_dir: Path, summary: dict[str, Any]) -> Path:
@@ -163,7 +167,7 @@ class Run:
         folder.mkdir(parents=True, exist_ok=True)
         pictures = self.draw(model, folder)
         figures = self.score(model)
-        figures |= {name: summary[name] for name in ("training_seconds", "updates_per_block")}
+        figures |= {name: summary[name] for name in ("training_seconds", "updates_per_block") if name in summary}
         serialization.write_figures(folder / FIGURES_NAME, figures)
         memory = planned_memory(model.config, self.recipe, alternatives=False)
         pictures += self.plot(model, figures, memory, folder)
@@ -180,7 +184,7 @@ class Run:
             model,
             title=recipe.name,
             usage="\n".join(self.usage_lines(model_dir)),
-            training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k != "output_dir"}},
+            training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k not in _OF_THE_RUN}},
             figures=figures,
             dataset=recipe.data.name if isinstance(recipe.data.name, str) else None,
             **self.card_settings(),
