@@ -106,6 +106,13 @@ def test_a_decoder_becomes_a_recurrent_core(bases, tmp_path, capsys):
     assert "is of family image_classification" in error and what_can_be_cut() in error
 
 
+def test_a_base_that_is_nowhere_is_not_called_a_dit(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert convert("no-such-base", "--family", "recurrent", "--output-dir", tmp_path / "x") == 2
+    assert "there is no directory no-such-base" in capsys.readouterr().err
+
+
 def test_a_decoder_becomes_bidirectional(bases, tmp_path, capsys):
     out, masked = tmp_path / "masked", ["--family", "masked_lm", "mask_token_id=49"]
     assert convert(bases / "llama", *masked, "--output-dir", out, "--dry-run") == 0
