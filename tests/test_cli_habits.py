@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_diffusionblocks.cli import build_parser, main
+from hf_diffusionblocks.data import ImageDataset
+from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.recipes.own_data import recipe_for
 
 TINY_TEXT = ["model.hidden_size=16", "model.intermediate_size=32", "data.block_length=16", "data.max_test_samples=8"]
@@ -33,6 +36,25 @@ def folder(tmp_path) -> Path:
             image = Image.fromarray(rng.integers(0, 255, (20, 24, 3), dtype=np.uint8))
             image.save(tmp_path / "animals" / name / f"{i}.png")
     return tmp_path / "animals"
+
+
+def test_text_of_ones_own_names_its_run_and_begins_its_samples(tmp_path):
+    text = tmp_path / "Le Père Goriot.txt"
+    text.write_text("Madame Vauquer, née de Conflans", encoding="utf-8")
+    name, settings = recipe_for(str(text))
+    assert name == "austen-llama" and "training.output_dir=runs/Le-P-re-Goriot" in settings
+    recipe = load_recipe(name, settings)
+    assert recipe.sampling.prompts == ["Madame Vauquer, née "]
+
+
+def test_images_are_held_out_by_class():
+    labels = torch.tensor([0] * 20 + [1] * 10 + [2] * 5 + [3] * 4)
+    data = ImageDataset(torch.arange(39, dtype=torch.uint8).reshape(39, 1, 1, 1), labels)
+    train, test = data.hold_out(0.1)
+    assert test.labels.tolist() == [0, 0, 1, 2] and len(train) == 35 and train.num_classes == test.num_classes == 4
+    assert sorted([*train.images.flatten().tolist(), *test.images.flatten().tolist()]) == list(range(39))
+    with pytest.raises(ValueError, match="test_fraction=0.1 of 4 images"):
+        ImageDataset(torch.zeros(4, 1, 1, 1), [0, 1, 2, 3]).hold_out(0.1)
 
 
 def test_text_of_ones_own_is_trained_by_its_path(text_file, tmp_path, capsys):
@@ -59,6 +81,7 @@ def test_an_image_folder_is_trained_by_its_path(folder, tmp_path, capsys):
     small += ["sampling.num_inference_steps=3", "evaluation.held_out_samples=6"]
     assert main(["train", "--data", str(folder), *small, *FEW, "--output-dir", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
+    assert "images: 18, in 3 classes; held out: 6" in said  # a quarter of the eight of each class
     assert "recipe folder-dit" in said and f"next: diffusionblocks sample {tmp_path / 'run' / 'model'}" in said
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert config["base_config"]["num_embeds_ada_norm"] == 3 and config["id2label"]["2"] == "emu"
@@ -66,13 +89,18 @@ def test_an_image_folder_is_trained_by_its_path(folder, tmp_path, capsys):
 
 def test_a_split_that_is_there_is_what_is_scored(folder):
     name, settings = recipe_for(str(folder))
-    assert name == "folder-dit" and "data.test_split=train" in settings
+    assert name == "folder-dit" and "data.test_fraction=0.25" in settings
+    for kind in ("cat", "dog", "emu"):  # too few to hold any out
+        for i in range(4, 8):
+            (folder / kind / f"{i}.png").unlink()
+    assert "data.test_split=train" in recipe_for(str(folder))[1]
     (folder / "train").mkdir()
     for kind in ("cat", "dog", "emu"):
         (folder / kind).rename(folder / "train" / kind)
     (folder / "test" / "cat").mkdir(parents=True)
     (folder / "train" / "cat" / "0.png").rename(folder / "test" / "cat" / "0.png")
-    assert recipe_for(str(folder))[1] == [f'data.name="{folder}"', "model.num_embeds_ada_norm=3"]
+    run = "training.output_dir=runs/animals"
+    assert recipe_for(str(folder))[1] == [f'data.name="{folder}"', run, "model.num_embeds_ada_norm=3"]
 
 
 @pytest.mark.parametrize(

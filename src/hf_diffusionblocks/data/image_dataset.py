@@ -63,6 +63,31 @@ class ImageDataset(Dataset):
         if self.is_latent and (broken := first_not_finite(images)) is not None:
             raise ValueError(f"the latent of row {broken} is not finite: encode again, with the VAE in float32.")
 
+    def subset(self, rows: Tensor) -> "ImageDataset":
+        """The images of these rows, with all class names."""
+        return ImageDataset(self.images[rows], self.labels[rows], self.class_names, scaling_factor=self.scaling_factor)
+
+    def hold_out(self, fraction: float) -> tuple["ImageDataset", "ImageDataset"]:
+        """Training and held-out images: of each class the same share, evenly spaced among its images.
+
+        Args:
+            fraction: of a class that is held out, in (0, 1); at least one image of a class with five or more.
+
+        Raises:
+            ValueError: if nothing would be held out.
+        """
+        held = torch.zeros(len(self.images), dtype=torch.bool)
+        for label in range(self.num_classes):
+            rows = (self.labels == label).nonzero()[:, 0]
+            count = max(int(len(rows) * fraction), int(len(rows) >= 5))
+            held[rows[((torch.arange(count) + 0.5) * len(rows) / max(count, 1)).long()]] = True
+        if not held.any():
+            raise ValueError(
+                f"test_fraction={fraction} of {len(held)} images in {self.num_classes} classes is none: give more "
+                "images per class, or a larger fraction."
+            )
+        return self.subset((~held).nonzero()[:, 0]), self.subset(held.nonzero()[:, 0])
+
     @property
     def num_classes(self) -> int:
         """Number of classes, also those without an image."""

@@ -23,7 +23,7 @@ from .cascade_jobs import take_lower_blocks
 from .common import Say, check_output, pick_device, say_figures
 from .conversion import convert_base
 from .image_advice import image_advice
-from .image_pieces import load_data
+from .image_pieces import data_line, load_data
 from .planning import planned_memory
 from .run import Pictures, Run
 
@@ -89,8 +89,7 @@ class ClassifierRun(Run):
         return build_trainer(self.recipe, self.train_data, self.test_data, blocks=self.blocks, lower=self.lower)
 
     def data_lines(self, model: BlockedForImageClassification) -> list[str]:
-        train, test = self.train_data, self.test_data
-        return [f"images: {len(train)}, in {train.num_classes} classes; held out: {len(test)}"]
+        return [data_line(self.recipe, self.train_data, self.test_data)]
 
     def save_beside(self, model: BlockedForImageClassification, directory: Path) -> None:
         save_processor(model.config, directory)

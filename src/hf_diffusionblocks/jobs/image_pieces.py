@@ -49,6 +49,8 @@ def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
             raise
 
     train = load("data.train_split", data.train_split, data.train_files)
+    if data.test_fraction is not None:
+        return train.hold_out(data.test_fraction)
     test = load("data.test_split", data.test_split, data.test_files)
     if any(a != b for a, b in zip(test.class_names, train.class_names, strict=False)):
         raise ValueError(
@@ -59,13 +61,21 @@ def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     return train, test
 
 
+def data_line(recipe: Recipe, train: ImageDataset, test: ImageDataset) -> str:
+    """How many images there are, and on which the model is scored."""
+    line = f"images: {len(train)}, in {train.num_classes} classes; held out: "
+    if recipe.data.test_fraction is None and recipe.data.test_split == recipe.data.train_split:
+        return line + "none, so all scores are of the training images"
+    return line + f"{len(test)}"
+
+
 def _split_advice(key: str, name: str) -> str:
     """How to mend a split that is not there, in the words of a recipe."""
     advice = f"The recipe's setting is {key}={name}: name another one"
     if key == "data.test_split":
         advice += (
-            ", or its files with data.test_files= (a pattern such as held-out/*/*.png). data.test_split=train scores "
-            "on the training images"
+            ", or its files with data.test_files= (a pattern such as held-out/*/*.png). data.test_fraction=0.1 holds "
+            "some of the training images out; data.test_split=train scores on the training images"
         )
     return advice + "."
 

@@ -19,7 +19,7 @@ from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
 from .common import Say, check_output, loading, new_directory, pick_device, say_figures
 from .image_advice import image_advice
-from .image_pieces import LATENTS, build_trainer, check_classes, is_latent_source, load_data, load_vae
+from .image_pieces import LATENTS, build_trainer, check_classes, data_line, is_latent_source, load_data, load_vae
 from .planning import planned_memory
 from .run import Pictures, Run
 from .sample_files import write_samples
@@ -58,6 +58,9 @@ class ImageRun(Run):
             self.report = False
         if self.reports:
             check_scoring(self.recipe, self.test_data)
+
+    def data_lines(self, model: BlockedDiTModel) -> list[str]:
+        return [data_line(self.recipe, self.train_data, self.test_data)]
 
     def build_trainer(self) -> DiffusionBlocksTrainer:
         from ..plots import SampleGridCallback

@@ -17,7 +17,11 @@ TRAINED_TOKENIZERS = ("character", "byte", "bpe")
 
 @dataclass
 class ImageData:
-    """Where images come from; see ``hf_diffusionblocks.data.load_image_dataset``."""
+    """Where images come from; see ``hf_diffusionblocks.data.load_image_dataset``.
+
+    Attributes:
+        test_fraction: hold out this share of each class of ``train_split`` to score on, in place of ``test_split``.
+    """
 
     name: str = "digits"
     train_split: str = "train"
@@ -31,12 +35,15 @@ class ImageData:
     test_files: str | None = None
     max_samples: int | None = None
     scaling_factor: float = 1.0
+    test_fraction: float | None = None
 
     def __post_init__(self) -> None:
         settle(self, "data.")
         for name in ("image_size", "max_samples"):
             if getattr(self, name) is not None:
                 _check_whole("data", self, **{name: 1})
+        if self.test_fraction is not None and not 0 < self.test_fraction < 1:
+            raise ValueError(f"data.test_fraction={self.test_fraction} must lie between 0 and 1.")
 
 
 @dataclass
