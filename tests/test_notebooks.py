@@ -92,7 +92,12 @@ def test_every_notebook_has_its_check():
     assert sorted(CHECKS) == [path.stem for path in NOTEBOOKS]
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def sized(path: Path) -> object:
+    """A parameter: a notebook whose small size takes long starts processes of its own, and runs with the slow tests."""
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] * (path.stem == "larger_than_memory"))
+
+
+@pytest.mark.parametrize("path", [sized(path) for path in NOTEBOOKS])
 def test_notebook_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv(SMALL, "1")
     CHECKS[path.stem](run(path, tmp_path, monkeypatch))

@@ -226,6 +226,7 @@ def shell(*command: str, **variables: str) -> str:
     return found.stdout
 
 
+@pytest.mark.slow  # a minute or two; the tests below launch groups by torchrun's variables, as Accelerate does
 def test_accelerate_launches_a_process_per_block_by_the_config_that_comes_with_the_package(tmp_path):
     config, output = recipe_path("accelerate/blocks.yaml"), tmp_path / "run"
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config]
