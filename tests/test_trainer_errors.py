@@ -142,7 +142,7 @@ IMAGES, LABELS = torch.zeros(8, 1, 8, 8), torch.zeros(8, dtype=torch.long)
         (Columns(pixel_values=IMAGES, class_labels=LABELS.float()), "give whole numbers"),
         (Columns(pixel_values=IMAGES.flatten(1), class_labels=LABELS), r"the input has shape \[4, 64\]"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 @pytest.mark.parametrize("role", ["training", "held-out"])
 def test_data_that_does_not_fit_is_refused_before_any_work(tmp_path, dataset, message, role):
