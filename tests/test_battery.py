@@ -8,6 +8,7 @@ from transformers import TrainerCallback
 
 from battery import BATCH, LENGTH, Family
 from battery import parametrize as pytest_generate_tests  # noqa: F401
+from devices import ON_CPU
 from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments, plan_memory
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.memory import measure_memory
@@ -26,7 +27,7 @@ class StopAfter(TrainerCallback):
 
 def trained(model: BlockedPreTrainedModel, family: Family, folder, stop: int | None = None, **settings):
     given = {"max_steps": 2, "per_device_train_batch_size": BATCH, "learning_rate": 1e-2, "block_order": "round_robin"}
-    given |= {"save_steps": 100, "use_ema": False, "disable_tqdm": True, "cpu": True} | settings
+    given |= {"save_steps": 100, "use_ema": False, "disable_tqdm": True, "cpu": ON_CPU} | settings
     trainer = DiffusionBlocksTrainer(
         model, DiffusionBlocksTrainingArguments(output_dir=str(folder), **given), family.dataset()
     )

@@ -1,0 +1,16 @@
+"""Where the tests train: on the CPU, or with ``TEST_DEVICE=cuda`` on a GPU (``make test-gpu``).
+
+Sums on a GPU come out the same each time only if torch is told so; then tests that compare bit by bit hold there too.
+"""
+
+import os
+
+import torch
+
+DEVICE = os.environ.get("TEST_DEVICE", "cpu")
+ON_CPU = DEVICE == "cpu"
+
+if not ON_CPU:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cuda.matmul.allow_tf32 = False
