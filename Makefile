@@ -15,9 +15,7 @@ OLDEST_TESTS ?= tests/test_package.py tests/test_modeling.py tests/test_serializ
 	tests/test_recurrent.py tests/test_trainer.py tests/test_resume.py tests/test_hub.py tests/test_hub_push.py \
 	tests/test_safety.py tests/data tests/metrics
 # What trains, streams or resumes; these compare runs with each other, so they hold on any device.
-GPU_TESTS ?= tests/test_gpu.py tests/test_battery.py tests/test_residency.py tests/test_streaming.py \
-	tests/test_exact_gradient.py tests/test_cascade_training.py tests/test_lower_outputs.py tests/test_trainer.py \
-	tests/test_resume.py tests/test_optimizers.py tests/test_image_classification.py tests/test_augmentation.py
+GPU_TESTS ?= tests/test_gpu.py tests/test_battery.py tests/test_residency.py tests/test_exact_gradient.py tests/test_resume.py
 BENCHMARKS ?= benchmarks/memory.py benchmarks/speed.py benchmarks/text_memory.py benchmarks/text_speed.py
 
 # The first interpreter that is new enough (transformers and diffusers need 3.11); `make test PYTHON=...` overrides.

@@ -4,8 +4,10 @@ Sums on a GPU come out the same each time only if torch is told so; then tests t
 """
 
 import os
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 DEVICE = os.environ.get("TEST_DEVICE", "cpu")
 ON_CPU = DEVICE == "cpu"
@@ -14,3 +16,8 @@ if not ON_CPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, to compare with what was never elsewhere."""
+    return {name: value.detach().cpu() for name, value in tensors.items()}
