@@ -404,6 +404,35 @@ def test_the_loss_of_labels_is_the_cross_entropy():
     assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
 
 
+def test_rows_without_a_label_are_left_out_of_the_loss():
+    model, labels = blocked_vit(), torch.tensor([0, -100, 9, -100])
+    output = model(images(), labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits[[0, 2]], labels[[0, 2]]))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_hidden_states_and_images_of_another_size_are_the_bases(architecture):
+    base = base_vit(architecture)
+    model = BlockedForImageClassification.from_base(base, 3).eval()
+    x = torch.rand(2, 1, 12, 16) * 2 - 1
+    asked = {"interpolate_pos_encoding": True} if architecture in ("vit", "deit") else {}
+    for pixels, size in ((images(), {}), (x, {"interpolate_pos_encoding": True})):
+        expected = base(pixels, output_hidden_states=True, **(asked if size else {}))
+        output = model(pixels, output_hidden_states=True, **size)
+        assert torch.equal(output.logits, expected.logits) and len(output.hidden_states) == 7
+        torch.testing.assert_close(output.hidden_states, expected.hidden_states, rtol=0, atol=0)
+    assert model(images()).hidden_states is None
+    states, tail = model(images(), output_hidden_states=True, return_dict=False)[1], model.block(2)
+    torch.testing.assert_close(tail.classifier(tail.features(states[-1])), model(images()).logits, rtol=0, atol=0)
+
+
+def test_independent_blocks_give_the_states_of_their_own_layers():
+    model = blocked_vit(context="independent")
+    states = model(images(), block=1, output_hidden_states=True).hidden_states
+    assert len(states) == 3 and torch.equal(states[0], model.start(images(), 1))
+    assert torch.equal(states[-1], model.clean_block(states[0], 1))
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -437,6 +466,25 @@ def test_images_that_do_not_fit(pixels, message):
 def test_labels_that_do_not_fit(labels, message):
     with pytest.raises(ValueError, match=message):
         new_vit(2)(torch.zeros(2, 1, 8, 8), labels=labels)
+
+
+def test_what_transformers_classifiers_take_and_blocked_ones_do_not():
+    clean, noisy, x = blocked_vit(), blocked_vit(preset="paper"), images()
+    with pytest.raises(ValueError, match="pixel_values is missing: give images"):
+        clean(labels=LABELS)
+    with pytest.raises(ValueError, match="output_hidden_states=True: a walk over noise levels.*readout='clean'"):
+        noisy(x, output_hidden_states=True)
+    with pytest.raises(ValueError, match="output_attentions: .*to_base"):
+        clean(x, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask: every patch"):
+        clean(x, attention_mask=torch.ones(4, 17))
+    with pytest.raises(TypeError, match="keyword 'pixel_value'.*pixel_values"):
+        clean(x, pixel_value=x)
+    assert clean(x, output_attentions=False, attention_mask=None, num_items_in_batch=4).logits.shape == (4, 10)
+    with pytest.raises(ValueError, match="images of 9 x 8 with interpolate_pos_encoding=True.*patch size, 2 x 2"):
+        clean(torch.zeros(1, 1, 9, 8), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match=r"shape \[1, 2, 12, 8\]; this model takes \[batch, 1, 12, 8\]"):
+        clean(torch.zeros(1, 2, 12, 8), interpolate_pos_encoding=True)
 
 
 def test_settings_of_a_prediction_that_do_not_fit():

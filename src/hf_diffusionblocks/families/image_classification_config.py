@@ -99,6 +99,16 @@ class BlockedImageClassificationConfig(CategoricalConfig):
         return _pair("image_size", self.base_config["image_size"])
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _pair("patch_size", self.base_config["patch_size"])
+
+    @property
+    def interpolation_is_asked(self) -> bool:
+        """Whether embeddings must be told to interpolate for images of another size: DINOv2's do so unasked."""
+        return self.base_config["model_type"] in ("vit", "deit")
+
+    @property
     def num_prefix(self) -> int:
         """Tokens in front of the patches: [CLS], and perhaps others."""
         return PREFIX[self.base_config["model_type"]] + int(self.base_config.get("num_register_tokens") or 0)
@@ -107,7 +117,7 @@ class BlockedImageClassificationConfig(CategoricalConfig):
     def num_positions(self) -> int:
         """Tokens of an image: patches, and those in front of them."""
         height, width = self.image_size
-        rows, columns = _pair("patch_size", self.base_config["patch_size"])
+        rows, columns = self.patch_size
         return (height // rows) * (width // columns) + self.num_prefix
 
 
