@@ -116,6 +116,7 @@ def test_the_papers_setting_is_one_preset():
     config = new_vit(3, preset="paper").config
     assert (config.readout, config.context, config.auxiliary_layers) == ("edm", "independent", 0)
     assert (config.overlap, config.num_inference_steps, config.layers_per_block) == (0.05, 4, [2, 2, 2])
+    assert new_vit(3, preset="default").config.to_dict() == new_vit(3).config.to_dict()
     assert new_vit(3, preset="paper", num_inference_steps=8).config.num_inference_steps == 8
     assert new_vit(3, readout="exact").config.num_inference_steps == 1
 

@@ -1,11 +1,14 @@
 """Config of blocked causal language models."""
 
+from typing import Any
+
 from .base_config import fields_of
 from .categorical_config import CategoricalConfig
 from .language_config import LanguageConfigMixin, complete_language_config
 
-# The paper's settings (arXiv 2506.14202, App. B and E.4), as one preset.
-PRESETS = {
+# The paper's settings (arXiv 2506.14202, App. B and E.4), as one preset; "default" names the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
     "paper": {
         "readout": "edm",
         "context": "independent",
@@ -13,7 +16,7 @@ PRESETS = {
         "initialization": "default",
         "overlap": 0.1,
         "noise": {"p_mean": -1.2, "p_std": 1.2},
-    }
+    },
 }
 
 

@@ -310,7 +310,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
             base: a transformers image classifier (ViT, DeiT, DINOv2 with a head), its directory or Hub id (weights are
                 copied), or its config as an object or mapping (weights are new).
             num_blocks: B, default 3.
-            preset: ``paper`` for the paper's settings; ``settings`` override it.
+            preset: ``default``, as without one, or ``paper`` for the paper's settings; ``settings`` override it.
             **settings: fields of ``BlockedImageClassificationConfig``; for a base that is loaded by name also
                 ``dtype``, ``revision``, ``token`` and ``cache_dir``.
 

@@ -6,8 +6,9 @@ from ..config_checks import MAX_POSITIONS
 from .base_config import complete_transformers_config, fields_of
 from .categorical_config import CategoricalConfig
 
-# The paper's settings (arXiv 2506.14202, section 4 and App. E), as one preset.
-PRESETS = {
+# The paper's settings (arXiv 2506.14202, section 4 and App. E), as one preset; "default" names the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
     "paper": {
         "readout": "edm",
         "context": "independent",
@@ -16,7 +17,7 @@ PRESETS = {
         "overlap": 0.05,
         "noise": {"p_mean": -1.2, "p_std": 1.2},
         "num_inference_steps": 4,
-    }
+    },
 }
 # Tokens in front of the patches, by the base's model_type; registers come on top.
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1}

@@ -322,7 +322,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         preset: str | None = None,
         **settings: Any,
     ) -> BlockedRecurrentConfig:
-        """The config from the base's config and settings; ``preset`` is ``paper`` or ``huginn``."""
+        """The config from the base's config and settings; ``preset`` is ``default``, ``paper`` or ``huginn``."""
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
         check_base_settings(base_config)

@@ -47,7 +47,8 @@ class MaskedTextRun(TextRun):
 
     def how(self) -> str:
         s = self.recipe.sampling
-        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}, top-p {s.top_p:g}"
+        top_k = "" if s.top_k is None else f", top-k {s.top_k}"
+        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}{top_k}, top-p {s.top_p:g}"
 
     def shown(self, prompt: str, text: str) -> str:
         return prompt if text.startswith(prompt) else ""  # where it had gaps, nothing stands in front
