@@ -13,6 +13,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     ConvNextConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     TrainerCallback,
     ViTConfig,
     pipeline,
@@ -110,6 +112,33 @@ def test_what_cannot_be_cut():
     for model in (blocked_vit(context="independent"), blocked_vit(readout="exact")):
         with pytest.raises(ValueError, match="cannot be given back as one classifier"):
             model.to_base()
+
+
+def test_a_distilled_deit_says_how_its_one_head_is_cut_and_that_works():
+    model = DeiTForImageClassificationWithTeacher(AutoConfig.for_model(**vit_config("deit")))
+    with pytest.raises(ValueError, match="the mean of two heads") as error:
+        BlockedForImageClassification.from_base(model, 3)
+    lines = str(error.value).split("as a DeiTForImageClassification: ")[1].rstrip(".")
+    found: dict = {"model": model, "DeiTForImageClassification": DeiTForImageClassification}
+    exec(lines, found)
+    x = images()
+    expected = model.cls_classifier(model.deit(x).last_hidden_state[:, 0])
+    cut = BlockedForImageClassification.from_base(found["base"].eval(), 3)
+    torch.testing.assert_close(cut(x).logits, expected)
+
+
+def test_a_dinov2_of_an_old_transformers_names_the_version_that_it_needs(monkeypatch):
+    """transformers 5.17 has no ``o_proj`` there; taken away, the error is the one of that version."""
+    from transformers.models.dinov2 import modeling_dinov2
+
+    class Old(modeling_dinov2.Dinov2Attention):
+        def __init__(self, config):
+            super().__init__(config)
+            del self.o_proj
+
+    monkeypatch.setattr(modeling_dinov2, "Dinov2Attention", Old)
+    with pytest.raises(ValueError, match="'dinov2' model in a way that cannot be cut: .* transformers 5.18 or newer"):
+        new_vit(2, architecture="dinov2")
 
 
 def test_the_papers_setting_is_one_preset():
