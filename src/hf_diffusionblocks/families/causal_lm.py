@@ -207,12 +207,11 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
 
     def language_head(self, block: int | None = None) -> Float[Tensor, "vocab width"]:
         """The matrix that turns ``language_hidden`` into logits."""
-        return (
-            self.target_table() if self.config.readout == "edm" else self.head_weight(self.language_blocks(block)[-1])
-        )
+        return self.head_weight(self.language_blocks(block)[-1])
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head of the next token's logits, the embeddings if it is tied; None if it is not loaded or has none."""
+        """The head of the next token's logits, the embeddings if it is tied; None if it is not loaded or has none, as
+        with ``readout="edm"``."""
         if self.config.tied_head:
             return self.embed_tokens
         last = self.language_blocks()[-1]

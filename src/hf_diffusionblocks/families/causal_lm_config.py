@@ -48,6 +48,11 @@ class BlockedCausalLMConfig(LanguageConfigMixin, CategoricalConfig):
         """Whether the head is the token embedding."""
         return bool(self.base_config.get("tie_word_embeddings", False))
 
+    @property
+    def own_heads(self) -> bool:
+        """Whether each block has a head: not where it is tied, nor with ``edm``, whose logits are ``<D, e_k>``."""
+        return not self.tied_head and self.readout != "edm"
+
 
 def config_fields() -> frozenset[str]:
     """Settings of a blocked language model besides its base and number of blocks."""
