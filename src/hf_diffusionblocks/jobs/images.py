@@ -31,7 +31,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     config = recipe.config()
     table = planned_memory(config, recipe)
     with torch.device("meta"):
-        model = BlockedDiTModel(config)
+        model = recipe.kind.model_class(config)
     say(format_block_parameters(model))
     say("")
     say(str(table))

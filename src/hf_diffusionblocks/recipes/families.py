@@ -91,6 +91,9 @@ class Family:
             equal compute need it counted.
         hides_tokens: whether its tokenizer needs a mask token.
         example: the name of one of its recipes.
+        bases_of: a family whose bases it may be cut from as well, where ``convert`` is told to.
+        image_keys: keys of the section ``model`` for side and channels of its images.
+        classes_key: key of the section ``model`` for the number of classes of its images.
     """
 
     data: type
@@ -108,6 +111,9 @@ class Family:
     counts_compute: bool = False
     hides_tokens: bool = False
     example: str = ""
+    bases_of: str | None = None
+    image_keys: tuple[str, str] = ("sample_size", "in_channels")
+    classes_key: str = "num_labels"
 
     @property
     def cascades(self) -> bool:
@@ -134,6 +140,7 @@ FAMILIES = {
         dit_keys,
         "images",
         example="digits-dit",
+        classes_key="num_embeds_ada_norm",
     ),
     "causal_lm": Family(
         TextData,
@@ -163,6 +170,7 @@ FAMILIES = {
         plain=PLAIN,
         counts_compute=True,
         example="digits-vit",
+        image_keys=("image_size", "num_channels"),
     ),
     "masked_lm": Family(
         TextData,
@@ -180,6 +188,7 @@ FAMILIES = {
         counts_compute=True,
         hides_tokens=True,
         example="pydoc-md4",
+        bases_of="causal_lm",
     ),
     "recurrent": Family(
         TextData,
@@ -195,6 +204,7 @@ FAMILIES = {
         kept=frozenset(recurrent_config.BlockedRecurrentConfig.__annotations__) - {"readout", "context", "noise_per"},
         counts_compute=True,
         example="pydoc-recurrent",
+        bases_of="causal_lm",
     ),
 }
 
