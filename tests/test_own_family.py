@@ -29,6 +29,7 @@ from hf_diffusionblocks.modeling import BlockedPreTrainedModel
 from hf_diffusionblocks.objectives import DenoisingScoreMatching, default_objective, register_objective
 from hf_diffusionblocks.recipes.families import FAMILIES
 from tiny import TinyImages, perturbed
+from tiny_text import words_file
 
 
 class MixerLayer(GradientCheckpointingLayer):
@@ -225,6 +226,34 @@ def test_a_module_is_read_with_import(tmp_path, capsys, monkeypatch):
     for wrong in ("no_such_module_of_mine", str(tmp_path / "none.py")):
         assert main(["--import", wrong, "plan", str(recipe)]) == 2
         assert f"--import {wrong}: there is no such" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("like", ["image_classification", "causal_lm", "masked_lm"])
+def test_a_family_like_another_is_a_subclass_with_its_commands_and_its_own_settings(like, tmp_path, capsys):
+    parent = FAMILIES[like].model_class
+    fields = {"__annotations__": {"remark": str}, "remark": "", "model_type": f"blocked_own_{like}"}
+    config_class = type("OwnConfig", (parent.config_class,), fields)
+    own = type("OwnModel", (parent,), {"config_class": config_class})
+    register_family("own", own, like=like, bases=("ForOwnTask",))
+    try:
+        name, *settings = battery.FAMILIES[like].recipe
+        settings += ["family=own", "blocks.remark=mine", "training.max_steps=1", "--no-report"]
+        if FAMILIES[like].has_text:
+            settings.append(f"data.name={words_file(tmp_path, 400)}")
+        assert main(["train", name, *settings, "--output-dir", str(tmp_path / "run"), "--json"]) == 0
+        model = AutoModel.from_pretrained(json.loads(capsys.readouterr().out)["model"])
+        assert type(model) is own and model.config.remark == "mine"
+        assert type(default_objective(model.config)) is type(
+            default_objective(
+                parent.config_class.from_dict({**model.config.to_dict(), "model_type": parent.config_class.model_type})
+            )
+        )
+        assert main(["evaluate", str(tmp_path / "run" / "model"), "--json"]) == 0
+        with pytest.raises(ValueError, match="setting 'remarks': did you mean 'remark'"):
+            own.config_from({}, remarks="")
+    finally:
+        FAMILIES.pop("own")
+        CUT_FROM.pop("own")
 
 
 def test_what_cannot_be_registered():

@@ -283,8 +283,8 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
         **settings: Any,
     ) -> BlockedCausalLMConfig:
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
-        given = family_settings(BlockedCausalLMConfig, PRESETS, base_config, num_blocks, preset, settings)
-        return BlockedCausalLMConfig(**given)
+        given = family_settings(cls.config_class, PRESETS, base_config, num_blocks, preset, settings)
+        return cls.config_class(**given)
 
     def to_base(self) -> PreTrainedModel:
         """Give back a transformers causal language model: a cascade's layers in order, without auxiliary layers.

@@ -341,8 +341,8 @@ class BlockedForImageClassification(BlockedCategoricalModel):
     ) -> BlockedImageClassificationConfig:
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         names = {name: settings.pop(name) for name in ("id2label", "label2id") if name in settings}
-        given = family_settings(BlockedImageClassificationConfig, PRESETS, base_config, num_blocks, preset, settings)
-        return BlockedImageClassificationConfig(**given, **names)
+        given = family_settings(cls.config_class, PRESETS, base_config, num_blocks, preset, settings)
+        return cls.config_class(**given, **names)
 
     def to_base(self) -> PreTrainedModel:
         """Give back a transformers image classifier: a cascade's layers in order, without auxiliary layers.

@@ -236,7 +236,7 @@ def evaluate(
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
     cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")
-    check_classes(train_data, pipe.model)
+    check_classes(train_data, pipe.model, recipe.kind.classes_key)
     vae = pipe.vae or load_vae(recipe)
     if vae is not None:
         vae.to(pipe.model.device)

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
 from ..families import causal_lm_config, dit, image_classification_config, masked_lm_config, recurrent_config
+from ..families.base_config import fields_of
 from ..families.categorical_config import PLAIN
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
@@ -252,7 +253,7 @@ def language_model_config(
 
     Where tokens are hidden and there is no tokenizer yet, the last token stands for its mask token.
     """
-    hides = "mask_token_id" in kind.config_class.__annotations__ and "mask_token_id" not in blocks
+    hides = "mask_token_id" in fields_of(kind.config_class) and "mask_token_id" not in blocks
     if hides and tokenizer is not None:
         blocks = {**blocks, "mask_token_id": tokenizer.mask_token_id}
     if "base" in model:
