@@ -4,7 +4,6 @@ The module is written as a user would write it outside of the package: a network
 ``register_family``. What follows it, from `OWN` on, is the tests.
 """
 
-import inspect
 import json
 import sys
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import battery
-import test_battery
+import battery_table
 import test_modeling
 from hf_diffusionblocks import BlockedDiTPipeline, register_family
 from hf_diffusionblocks.base_names import CUT_FROM
@@ -172,10 +171,7 @@ def registered() -> Iterator[None]:
 
 
 # Everything that the battery asks of a family, with the fixtures that it needs.
-for _module in (test_modeling, test_battery):
-    for _name, _value in vars(_module).items():
-        if _name.startswith("test_") and {"family", "model"} & set(inspect.signature(_value).parameters):
-            globals()[_name] = _value
+globals().update({name: vars(sys.modules[module])[name] for module, name in battery_table.checks()})
 model, saved = test_modeling.model, test_modeling.saved
 del test_its_commands_plan_train_and_evaluate  # noqa: F821  # below, with a recipe in a file
 

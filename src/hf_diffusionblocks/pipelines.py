@@ -274,7 +274,9 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
         components: dict[str, Any] = {name: kwargs.pop(name) for name in ("scheduler", "vae") if name in kwargs}
         model = kwargs.pop("model", None)
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+        hub: dict[str, Any] = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
+        }
         if model is None:
             kind = _model_class(pretrained_model_name_or_path, hub)
             model = kind.from_pretrained(pretrained_model_name_or_path, **kwargs)

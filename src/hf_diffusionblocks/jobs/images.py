@@ -169,10 +169,12 @@ def record_denoising(
     return steps
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedDiTModel
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
     target = new_directory(output_dir)
-    model = BlockedDiTModel.from_base(base, **settings)
+    model = kind.from_base(base, **settings)
     scheduler, vae = load_components(base, **hub_settings(settings))
     if model.config.preconditioning != "vp_epsilon":
         scheduler = None  # it is for the noise levels that the base was trained on

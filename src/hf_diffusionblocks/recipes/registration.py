@@ -101,7 +101,12 @@ def register_family(
     if objectives is not None:
         register_objective(config_class, *objectives)
     register_card(config_class.model_type, like=parent.model_type)
-    given = {"model_class": model_class, "bases": tuple(bases), "example": name, "bases_of": None} | changes
+    given: dict[str, Any] = {
+        "model_class": model_class,
+        "bases": tuple(bases),
+        "example": name,
+        "bases_of": None,
+    } | changes
     FAMILIES[name] = dataclasses.replace(parent, **given)
     CUT_FROM[name] = cut_from
     return FAMILIES[name]
