@@ -10,6 +10,7 @@ from ..families.categorical_config import CategoricalConfig
 from ..families.masked_lm_config import BlockedMaskedLMConfig
 from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
+from ..repository import register_task
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -116,6 +117,13 @@ _TARGETS = {
     "blocked_causal_lm": ("next token", "clean tokens", "language model"),
     "blocked_image_classification": ("label", "image", "classifier"),
 }
+
+
+def register_card(model_type: str, like: str) -> None:
+    """Describe models of a family of your own, and name their task on the Hub, as those of another ``model_type``."""
+    register_task(model_type, like)
+    if like in _TARGETS:
+        _TARGETS[model_type] = _TARGETS[like]
 
 
 def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:

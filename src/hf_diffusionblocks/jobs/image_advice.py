@@ -85,7 +85,7 @@ def _shallow(recipe: Recipe, config: DiffusionBlocksConfig, layers: int) -> Diff
 
 def patches_per_image(config: DiffusionBlocksConfig) -> int:
     """Patches that an image, or its latent, is cut into."""
-    size = config.base_config["patch_size"]
+    size = config.base_config.get("patch_size", 1)
     across = (size, size) if isinstance(size, int) else size
     given = getattr(config, "image_size", None) or (config.sample_size, config.sample_size)
     packing = getattr(getattr(config, "transformer_class", None), "packing", 1)

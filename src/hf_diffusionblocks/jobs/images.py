@@ -31,7 +31,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     config = recipe.config()
     table = planned_memory(config, recipe)
     with torch.device("meta"):
-        model = BlockedDiTModel(config)
+        model = recipe.kind.model_class(config)
     say(format_block_parameters(model))
     say("")
     say(str(table))
@@ -169,10 +169,12 @@ def record_denoising(
     return steps
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedDiTModel
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
     target = new_directory(output_dir)
-    model = BlockedDiTModel.from_base(base, **settings)
+    model = kind.from_base(base, **settings)
     scheduler, vae = load_components(base, **hub_settings(settings))
     if model.config.preconditioning != "vp_epsilon":
         scheduler = None  # it is for the noise levels that the base was trained on
@@ -236,7 +238,7 @@ def evaluate(
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
     cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")
-    check_classes(train_data, pipe.model)
+    check_classes(train_data, pipe.model, recipe.kind.classes_key)
     vae = pipe.vae or load_vae(recipe)
     if vae is not None:
         vae.to(pipe.model.device)

@@ -23,7 +23,7 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     recipe, config = planned_text(recipe)
     table, cost = planned_memory(config, recipe), planned_compute(config, recipe)
     with torch.device("meta"):
-        model = BlockedForMaskedLM(config)
+        model = recipe.kind.model_class(config)
     for line in (format_block_parameters(model), *shared_parts(model), "", str(table), "", *compute_lines(cost)):
         say(line)
     return table.to_dict() | {"compute": compute_values(cost)}
@@ -47,7 +47,8 @@ class MaskedTextRun(TextRun):
 
     def how(self) -> str:
         s = self.recipe.sampling
-        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}, top-p {s.top_p:g}"
+        top_k = "" if s.top_k is None else f", top-k {s.top_k}"
+        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}{top_k}, top-p {s.top_p:g}"
 
     def shown(self, prompt: str, text: str) -> str:
         return prompt if text.startswith(prompt) else ""  # where it had gaps, nothing stands in front
@@ -74,9 +75,11 @@ class MaskedTextRun(TextRun):
         ]
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForMaskedLM
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained masked language model into blocks, saved with its tokenizer."""
-    return convert_text(BlockedForMaskedLM, base, output_dir, settings, say=say)
+    return convert_text(kind, base, output_dir, settings, say=say)
 
 
 def sample_masked(
