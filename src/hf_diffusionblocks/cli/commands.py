@@ -75,9 +75,15 @@ def _plan(args: argparse.Namespace, say: Say) -> Any:
     from .. import jobs
 
     planned = jobs.plan(_recipe(args, say), say=say)
-    words = [*([args.recipe] if args.recipe else []), *(["--data", args.data] if args.data else []), *args.overrides]
-    say(f"\nnext: diffusionblocks train {shlex.join(words)}")
+    say(f"\nnext: diffusionblocks train {_words(args)}")
     return planned
+
+
+def _words(args: argparse.Namespace, **settings: Any) -> str:
+    """The recipe, data and settings of a command line, for another command; ``settings`` are its options."""
+    named = [*([args.recipe] if args.recipe else []), *(["--data", args.data] if args.data else [])]
+    chosen = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    return shlex.join([*named, *args.overrides, *chosen])
 
 
 def _train(args: argparse.Namespace, say: Say) -> Any:
@@ -98,8 +104,10 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
     output = Path(recipe.training["output_dir"])
     if args.dry_run:
-        planned = jobs.plan(recipe, say=say)
-        say(f"\ndry run: would train in {output}; nothing was written.")
+        planned = jobs.plan(recipe, say=say, short=True)
+        words = _words(args, method=args.method, match=args.match, layers=args.layers)
+        say(f"\nthe whole table, with other methods beside it: diffusionblocks plan {words}")
+        say(f"dry run: would train in {output}; nothing was written.")
         return {"output_dir": str(output), "plan": planned}
     if args.overwrite and os.environ.get("RANK", "0") == "0":  # the other processes of a run wait for this one
         overwrite_run(output)

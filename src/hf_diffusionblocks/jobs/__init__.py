@@ -47,9 +47,18 @@ def _of(family: str) -> ModuleType:
     return JOBS[FAMILIES[family].job]
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
-    return _of(recipe.family).plan(recipe, say)
+def plan(recipe: Recipe, say: Say = print, short: bool = False) -> dict[str, Any]:
+    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory.
+
+    Args:
+        recipe: of the run.
+        say: prints.
+        short: print what fits on a screen; the figures that are returned are all of them.
+    """
+    planned = _of(recipe.family).plan(recipe)
+    for line in planned.short_lines() if short else planned.lines():
+        say(line)
+    return planned.to_dict()
 
 
 def train(

@@ -20,7 +20,7 @@ from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
 from ..units import human_seconds
 from .common import Say, merge_jobs, say_where, trainer_says
-from .planning import planned_memory
+from .planning import memory_lines, planned_memory
 
 Pictures = list[tuple[str, Path]]
 _OF_THE_RUN = ("output_dir", "disable_tqdm")  # settings that say nothing of the model
@@ -173,7 +173,7 @@ class Run:
         pictures += self.plot(model, figures, memory, folder)
         model_dir = self.output / MODEL_DIR
         self.write_card(model, model_dir, figures)
-        self._say("", str(memory), "", format_figures(figures), "", *self.sample_lines())
+        self._say("", *memory_lines(memory), "", format_figures(figures), "", *self.sample_lines())
         say_where(pictures, model_dir, self.usage_lines(model_dir), self.say)
         return figures
 
