@@ -33,6 +33,7 @@ ORDER = [
     "configuration",
     "retrying",
     "run_names",
+    "versions",
     "serialization",
     "weight_headers",
     "loading_checks",

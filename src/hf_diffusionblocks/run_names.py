@@ -8,6 +8,7 @@ LOSS_NAME, SHARE_NAME = "eval_loss", "likelihood_share"  # in such a line; of a 
 STATUS_NAME = "status.json"  # how far the run is, and where its blocks are
 REPORT_NAME = "report.html"
 RECIPE_NAME = "recipe.json"
+RECORD_NAME = "run.json"  # where, when and by which command it was trained
 MODEL_DIR = "model"
 SAMPLES_DIR = "samples"
 FIGURES_DIR = "figures"

@@ -111,7 +111,9 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         return {"output_dir": str(output), "plan": planned}
     if args.overwrite and os.environ.get("RANK", "0") == "0":  # the other processes of a run wait for this one
         overwrite_run(output)
-    model_dir = jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say)
+    model_dir = jobs.train(
+        recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say, command=_train_command(args)
+    )
     figures = output / "figures" / "figures.json"
     given: dict[str, Any] = {"output_dir": str(output), "model": str(model_dir)}
     page = model_dir.parent / REPORT_NAME
@@ -120,6 +122,22 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
     if args.block is None:
         say(f"\nnext: {jobs.next_command(recipe, model_dir)}")
     return given | {"figures": known}
+
+
+def _train_command(args: argparse.Namespace) -> str:
+    """What made a model, for its card: without what says nothing of the model, such as where it was written."""
+    settings = {name: getattr(args, name) for name in ("method", "match", "layers")}
+    words = [f"--block {block}" for block in args.block or ()]
+    words += [f"--lower {shlex.quote(args.lower)}"] if args.lower else []
+    return " ".join(["diffusionblocks train", _words(args, **settings), *words])
+
+
+def _card(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+
+    path = jobs.card(args.run, args.output, say=say)
+    say(f"next: diffusionblocks push {Path(args.run) / 'model'} user/model --dry-run")
+    return {"card": str(path)}
 
 
 def _sample(args: argparse.Namespace, say: Say) -> Any:
@@ -283,6 +301,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Say], Any]] = {
     "convert": _convert,
     "encode": _encode,
     "merge": _merge,
+    "card": _card,
     "push": _push,
     "watch": _watch,
     "demo": _demo,

@@ -101,7 +101,7 @@ class ClassifierRun(Run):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForImageClassification, model_dir: Path) -> list[str]:
         return [
             "import hf_diffusionblocks",
             "from transformers import pipeline",

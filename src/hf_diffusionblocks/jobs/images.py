@@ -116,8 +116,8 @@ class ImageRun(Run):
             ("losses", plots.plot_losses(self.output, folder / "losses.png")),
         ]
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
-        labels = list(range(min(4, self.train_data.num_classes)))
+    def usage_lines(self, model: BlockedDiTModel, model_dir: Path) -> list[str]:
+        labels = list(range(min(4, model.config.num_classes)))
         return [
             "from hf_diffusionblocks import BlockedDiTPipeline",
             f"pipe = BlockedDiTPipeline.from_pretrained({str(model_dir)!r})",

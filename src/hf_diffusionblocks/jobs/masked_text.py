@@ -61,7 +61,7 @@ class MaskedTextRun(TextRun):
             ("the partition", plots.plot_partition(model.partition, folder / "partition.png")),
         ]
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForMaskedLM, model_dir: Path) -> list[str]:
         return [
             "from transformers import AutoTokenizer",
             "from hf_diffusionblocks import BlockedForMaskedLM, unmask",

@@ -124,7 +124,7 @@ class CausalTextRun(TextRun):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForCausalLM, model_dir: Path) -> list[str]:
         prompt = self.recipe.sampling.prompts[0]
         call = f"pipeline('text-generation', {str(model_dir)!r})({prompt!r}, max_new_tokens=50)"
         return [

@@ -10,7 +10,6 @@ import re
 import statistics
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -281,15 +280,3 @@ def _usage(card: Path) -> str | None:
     """The lines that load the model: the first Python of its card."""
     found = re.search(r"```python\n(.*?)```", _read_text(card, 100_000) or "", flags=re.DOTALL)
     return found.group(1).strip() if found else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of this library and of what it stands on."""
-    names = ("hf-diffusionblocks", "torch", "transformers", "diffusers", "accelerate")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
