@@ -94,6 +94,7 @@ def test_every_family_has_two_sentences_on_use_and_limits(kind):
     )
 
 
+@pytest.mark.filterwarnings("ignore:the covariance of 20 samples")
 def test_the_card_of_a_run_is_made_anew_from_its_files(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     few = ["training.max_steps=1", "evaluation.num_samples=20", "evaluation.classifier_epochs=1", "model.num_layers=3"]

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from hf_diffusionblocks.report import write_report
 from hf_diffusionblocks.training import run_status
+from needed import needed
 from report_runs import NASTY, make_run, row, serving, write_status
 from runs import make_trainer
 from tiny_masked import blocked_mlm
@@ -22,7 +23,7 @@ PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 800}
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    sync_api = needed("playwright.sync_api")
     if not Path(CHROMIUM).exists():
         pytest.skip("there is no browser: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
