@@ -14,6 +14,8 @@ OLDEST_TESTS ?= tests/test_package.py tests/test_modeling.py tests/test_serializ
 	tests/test_causal_lm_generation.py tests/test_masked_lm.py tests/test_image_classification.py \
 	tests/test_recurrent.py tests/test_trainer.py tests/test_resume.py tests/test_hub.py tests/test_hub_push.py \
 	tests/test_safety.py tests/data tests/metrics
+# What trains, streams or resumes; these compare runs with each other, so they hold on any device.
+GPU_TESTS ?= tests/test_gpu.py tests/test_battery.py tests/test_residency.py tests/test_exact_gradient.py tests/test_resume.py
 BENCHMARKS ?= benchmarks/memory.py benchmarks/speed.py benchmarks/text_memory.py benchmarks/text_speed.py
 
 # The first interpreter that is new enough (transformers and diffusers need 3.11); `make test PYTHON=...` overrides.
@@ -22,7 +24,7 @@ PYTHON ?= $(shell for p in python3.11 python3; do \
 	if "$$p" -c '$(NEW_ENOUGH)' >/dev/null 2>&1; then echo "$$p"; break; fi; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-text demo-memory test test-slow test-oldest coverage check-wheel lint types docs notebooks bench \
+.PHONY: help install demo demo-text demo-memory test test-slow test-gpu test-oldest coverage check-wheel lint types docs notebooks bench \
 	clean
 
 help: ## Print the targets
@@ -62,6 +64,9 @@ test: $(STAMP) ## Run the tests (PYTEST_ARGS="tests/test_data.py -k digits" for 
 
 test-slow: $(STAMP) ## Run the tests that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: $(STAMP) ## Run GPU_TESTS with their trainers on the GPU (VENV may name an environment with a CUDA build of torch)
+	TEST_DEVICE=cuda $(PY) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
 
 test-oldest: ## Run OLDEST_TESTS with the oldest supported versions (constraints-oldest.txt), in .venv-oldest
 	$(MAKE) VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt test PYTEST_ARGS="$(OLDEST_TESTS) $(PYTEST_ARGS)"

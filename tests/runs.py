@@ -8,6 +8,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
+from devices import ON_CPU
 from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from tiny import TinyImages, tiny_dit
 
@@ -24,7 +25,7 @@ def arguments(output_dir: Any, **settings: Any) -> DiffusionBlocksTrainingArgume
         "per_device_train_batch_size": 4,
         "learning_rate": 1e-3,
         "disable_tqdm": True,
-        "cpu": True,
+        "cpu": ON_CPU,
     }
     return DiffusionBlocksTrainingArguments(**(defaults | settings))
 

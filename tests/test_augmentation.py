@@ -7,6 +7,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 from transformers import TrainerCallback
 
+from devices import ON_CPU
 from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from hf_diffusionblocks.augmentation import OPERATIONS, RandAugment
 from hf_diffusionblocks.objectives import LabelPrediction
@@ -129,7 +130,7 @@ def classifier(**settings):
 
 
 def trainer_of(model, folder, dataset=None, **settings) -> DiffusionBlocksTrainer:
-    given = {"max_steps": 3, "per_device_train_batch_size": 8, "disable_tqdm": True, "cpu": True, "save_steps": 4}
+    given = {"max_steps": 3, "per_device_train_batch_size": 8, "disable_tqdm": True, "cpu": ON_CPU, "save_steps": 4}
     args = DiffusionBlocksTrainingArguments(output_dir=str(folder), **given | settings)
     return DiffusionBlocksTrainer(model, args, dataset or TinyImages(32))
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from devices import ON_CPU
 from hf_diffusionblocks import BlockedForCausalLM, DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from hf_diffusionblocks.objectives.next_token import NextTokenPrediction
 from hf_diffusionblocks.serialization import same_tensors
@@ -445,7 +446,7 @@ def test_a_learning_rate_that_explodes_is_named_without_noise_levels(tmp_path):
 
 
 def test_a_model_without_blocks_is_refused(tmp_path):
-    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), cpu=True)
+    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), cpu=ON_CPU)
     with pytest.raises(ValueError, match=r"a LlamaForCausalLM has no blocks: cut it with .*from_base"):
         DiffusionBlocksTrainer(base_lm(), args, TokenRows(8))
 

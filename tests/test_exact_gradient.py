@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from devices import ON_CPU
 from hf_diffusionblocks import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
 from hf_diffusionblocks.memory import measure_step
@@ -98,7 +99,7 @@ def test_exact_training_lowers_the_loss_of_the_whole_network(tmp_path):
     first = blocked_lm(auxiliary_layers=0)
     ids = Rows().ids
     with torch.no_grad():
-        assert end_to_end(trainer.model, ids) < end_to_end(first, ids) - 0.3
+        assert end_to_end(trainer.model.cpu(), ids) < end_to_end(first, ids) - 0.3
     assert not trainer.sequential
 
 
@@ -180,7 +181,7 @@ def test_a_trained_base_is_trained_on_by_the_exact_gradient_wherever_that_is_pos
     config, training, gradient, tmp_path
 ):
     model = BlockedForCausalLM.from_base(base_lm(), num_blocks=3, **config)
-    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), max_steps=1, cpu=True, **training)
+    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), max_steps=1, cpu=ON_CPU, **training)
     trainer = DiffusionBlocksTrainer(model, args, TokenRows(8))
     assert trainer.args.gradient == gradient
     assert isinstance(trainer.objective, ExactNextTokenPrediction) == (gradient == "exact")
@@ -189,5 +190,5 @@ def test_a_trained_base_is_trained_on_by_the_exact_gradient_wherever_that_is_pos
 def test_a_part_of_a_trained_base_is_trained_by_its_own_loss(tmp_path):
     BlockedForCausalLM.from_base(base_lm(), num_blocks=3).save_pretrained(tmp_path / "model")
     model = BlockedForCausalLM.from_pretrained(tmp_path / "model", blocks=[0, 1])
-    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), max_steps=1, cpu=True, blocks=[1])
+    args = DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), max_steps=1, cpu=ON_CPU, blocks=[1])
     assert DiffusionBlocksTrainer(model, args, TokenRows(8)).args.gradient == "local"

@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from devices import ON_CPU
 from hf_diffusionblocks import (
     BlockedForImageClassification,
     BlockedImageClassificationConfig,
@@ -278,7 +279,7 @@ def test_distillation_is_the_divergence_from_the_teacher():
 
 def arguments(tmp_path, **settings) -> DiffusionBlocksTrainingArguments:
     given = {"max_steps": 40, "per_device_train_batch_size": 32, "learning_rate": 3e-3, "disable_tqdm": True}
-    return DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), **given | {"cpu": True} | settings)
+    return DiffusionBlocksTrainingArguments(output_dir=str(tmp_path), **given | {"cpu": ON_CPU} | settings)
 
 
 @pytest.mark.parametrize("settings", [{}, {"preset": "paper"}], ids=["default", "paper"])

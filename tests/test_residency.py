@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from devices import DEVICE, ON_CPU
 from hf_diffusionblocks import BlockedDiTModel, DiffusionBlocksTrainer
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.memory import measure_step
@@ -230,7 +231,7 @@ def test_a_model_made_on_disk_trains_there(tmp_path):
         torch.manual_seed(1)
         whole = make_trainer(tmp_path / "device", BlockedDiTModel(tiny_dit_config(3)))
         torch.manual_seed(1)
-        with stream_blocks("disk", folder=tmp_path):
+        with stream_blocks("disk", device=DEVICE, folder=tmp_path):
             model = BlockedDiTModel(tiny_dit_config(3))
     trainer = make_trainer(tmp_path / "disk", model, residency="disk")
     whole.train()
@@ -273,10 +274,10 @@ def test_states_made_of_several_tensors_move_piece_by_piece():
 
 def test_residency_must_fit_the_model(tmp_path):
     model = tiny_dit(3)
-    model.enable_block_streaming()
+    model.enable_block_streaming(DEVICE)
     with pytest.raises(ValueError, match="residency='device' with a model whose blocks are streamed"):
         make_trainer(tmp_path, model)
-    with pytest.raises(ValueError, match="residency='disk' on cpu, but this model's blocks rest in 'host'"):
+    with pytest.raises(ValueError, match=f"residency='disk' on {DEVICE}, but this model's blocks rest in 'host'"):
         make_trainer(tmp_path, model, residency="disk")
     assert isinstance(make_trainer(tmp_path, model, residency="host").residency, StreamedResidency)
     with pytest.raises(ValueError, match="residency.*'disk'"):
@@ -302,7 +303,12 @@ def test_signals_save_a_checkpoint_with_every_block(tmp_path):
 
 def test_the_commands_train_and_sample_with_one_block_at_a_time(tmp_path, capsys):
     recipe = ["digits-dit", "model.num_layers=3", "model.num_attention_heads=2", "model.attention_head_dim=8"]
-    recipe += ["training.max_steps=2", "training.save_steps=0", "training.cpu=true", "training.disable_tqdm=true"]
+    recipe += [
+        "training.max_steps=2",
+        "training.save_steps=0",
+        f"training.cpu={ON_CPU}".lower(),
+        "training.disable_tqdm=true",
+    ]
     pictures = {}
     for place, streaming in (("device", []), ("disk", ["--block-streaming", "disk"])):
         folder = tmp_path / place

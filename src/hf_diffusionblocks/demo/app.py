@@ -4,6 +4,7 @@ Nothing leaves the machine: the page is served on the loopback address unless on
 analytics, and a policy in its headers forbids the browser to load anything from elsewhere.
 """
 
+import contextlib
 import html
 import os
 import sys
@@ -18,6 +19,7 @@ from torch import Tensor
 from ..partition import BlockPartition
 from ..pipelines import BlockedDiTPipeline
 from ..sampling import SOLVERS
+from ..streaming import stream_blocks
 from .steps import DenoisingStep, denoising_steps
 
 if TYPE_CHECKING:
@@ -209,9 +211,11 @@ def serve(
         OSError: if the port is taken.
     """
     import_gradio()  # before a model is loaded for nothing
-    pipe = BlockedDiTPipeline.from_pretrained(model, block_streaming=block_streaming)
-    if torch.cuda.is_available() and block_streaming is None:
-        pipe.to("cuda")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    with stream_blocks(block_streaming, device=device) if block_streaming else contextlib.nullcontext():
+        pipe = BlockedDiTPipeline.from_pretrained(model)
+    if block_streaming is None:
+        pipe.to(device)
     has_screen = sys.platform in ("darwin", "win32") or any(n in os.environ for n in ("DISPLAY", "WAYLAND_DISPLAY"))
     app = make_app(pipe, f"{Path(model).resolve().parent.name if Path(model).is_dir() else model}: blocks at work")
     _, url = launch_app(app, port, open_browser and has_screen, prevent_thread_lock=True)
