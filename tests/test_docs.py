@@ -12,6 +12,7 @@ import pytest
 
 from hf_diffusionblocks.cli import parse
 from hf_diffusionblocks.recipes import load_recipe, recipe_names
+from needed import needed
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))
@@ -29,7 +30,7 @@ def commands(page: str) -> list[str]:
 
 
 def test_the_site_builds_without_a_warning_and_asks_nobody_else(tmp_path):
-    pytest.importorskip("zensical", reason="zensical is not installed: pip install -e '.[dev]'")
+    needed("zensical")
     for name in ("docs", "src"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "zensical.toml", tmp_path)
@@ -53,7 +54,7 @@ def test_lines_of_prose_fit_a_screen(page):
 
 
 def test_a_broken_link_would_be_found(tmp_path):
-    pytest.importorskip("zensical", reason="zensical is not installed: pip install -e '.[dev]'")
+    needed("zensical")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# A page\n\n[nowhere](nowhere.md)\n")
     (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\n')

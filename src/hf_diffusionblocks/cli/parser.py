@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
         add(commands)
-    for add in (_add_merge, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
+    for add in (_add_merge, _add_card, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
         add(commands)
     return parser
 
@@ -268,6 +268,18 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be sent")
+
+
+def _add_card(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "card",
+        "Write the model card of a finished run anew, from the run's own files; nothing is scored again.",
+        "  diffusionblocks card runs/digits-dit                        # into runs/digits-dit/model\n"
+        "  diffusionblocks card runs/digits-dit --output model_cards/digits-dit.md",
+    )
+    parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
+    parser.add_argument("--output", metavar="FILE", help="a Markdown file, instead of the model's README.md")
 
 
 def _port(text: str) -> int:

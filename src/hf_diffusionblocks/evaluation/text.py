@@ -15,6 +15,7 @@ from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..generation import denoising_generate
 from ..likelihood import language_model_likelihood, likelihood_bound
+from ..likelihood.shares import has_bound
 from ..objectives import NextTokenPrediction
 from ..recipes.sections import TextEvaluation, TextSampling
 from ..training.data_stream import fetch
@@ -66,7 +67,7 @@ def score_text(
         "local_bits_per_character_per_block": [loss * to_bits for loss in local.per_range],
         "held_out_tokens": whole.num_tokens,
     }
-    if model.config.two_stream or (model.config.context == "independent" and model.config.num_blocks > 1):
+    if has_bound(model.config):
         bound = likelihood_bound(model, dataset, num_draws=settings.num_draws, seed=seed, **common)
         figures |= {
             "bound_bits_per_character": bound.bits_per_character,

@@ -3,13 +3,16 @@
 ``plan``, ``train``, ``evaluate`` and ``convert`` are for all families; the other modules have each family's own.
 """
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..families.base_loading import LOADING, hub_settings
-from ..recipes import Recipe
+from ..recipes import Recipe, make_recipe
 from ..recipes.families import FAMILIES
+from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
+from ..serialization import read_json
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
 from .bases import family_for, preview, refusals_name_the_families
@@ -17,6 +20,7 @@ from .classification import ClassifierRun
 from .common import (
     Say,
     check_model_path,
+    check_output,
     ends_the_run,
     family_of,
     new_directory,
@@ -47,9 +51,18 @@ def _of(family: str) -> ModuleType:
     return JOBS[FAMILIES[family].job]
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
-    return _of(recipe.family).plan(recipe, say)
+def plan(recipe: Recipe, say: Say = print, short: bool = False) -> dict[str, Any]:
+    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory.
+
+    Args:
+        recipe: of the run.
+        say: prints.
+        short: print what fits on a screen; the figures that are returned are all of them.
+    """
+    planned = _of(recipe.family).plan(recipe)
+    for line in planned.short_lines() if short else planned.lines():
+        say(line)
+    return planned.to_dict()
 
 
 def train(
@@ -60,6 +73,7 @@ def train(
     resume: bool = True,
     report: bool = True,
     say: Say = print,
+    command: str | None = None,
 ) -> Path:
     """``diffusionblocks train``: train, save the model, and (unless told otherwise) draw and score it.
 
@@ -70,6 +84,7 @@ def train(
         resume: go on from the last checkpoint.
         report: draw and score at the end, and write a report.
         say: prints.
+        command: that began the run, for the model's card.
 
     Returns:
         The directory of the saved model.
@@ -78,11 +93,39 @@ def train(
         raise ValueError(
             f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
         )
-    run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say)
+    run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say, command=command)
     model_dir = run.train(resume)
     if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
         say_report(model_dir.parent, say)
     return model_dir
+
+
+def card(run_dir: str, output: str | None = None, say: Say = print) -> Path:
+    """``diffusionblocks card``: write the model card of a finished run anew, from the run's own files.
+
+    Args:
+        run_dir: the run's directory.
+        output: a Markdown file; by default the model's own card.
+        say: prints.
+
+    Raises:
+        ValueError: for a directory that holds no finished run.
+    """
+    run, model_dir = Path(run_dir), Path(run_dir) / MODEL_DIR
+    values = read_recipe_of(str(model_dir)) if (model_dir / "config.json").is_file() else None
+    if values is None:
+        raise ValueError(f"{run} holds no finished run ({RECIPE_NAME}, {MODEL_DIR}/): name the directory of one.")
+    recipe = make_recipe(values, [f"training.output_dir={json.dumps(str(run))}"])
+    path = Path(output or model_dir / "README.md")
+    if path.suffix != ".md":
+        raise ValueError(f"--output {path} must end in .md: a card is Markdown.")
+    check_output(output)
+    figures = run / FIGURES_DIR / FIGURES_NAME
+    model = recipe.kind.model_class.from_pretrained(model_dir)
+    known = read_json(figures) if figures.is_file() else {}
+    RUNS[recipe.kind.job](recipe).write_card(model, model_dir, known, path)
+    say(f"model card: {path}")
+    return path
 
 
 def next_command(recipe: Recipe, model_dir: Path) -> str:
@@ -151,6 +194,7 @@ def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, sa
 
 __all__ = [
     "build_trainer",
+    "card",
     "check_model_path",
     "convert",
     "encode",

@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -14,7 +13,6 @@ from ..data import ImageDataset
 from ..evaluation import score_classifier
 from ..families.image_classification import BlockedForImageClassification, BlockedImageClassificationConfig
 from ..memory import MemoryPlan
-from ..modeling import format_block_parameters
 from ..recipes import Recipe
 from ..recipes.families import FAMILIES
 from ..training import DiffusionBlocksTrainer
@@ -23,23 +21,15 @@ from . import building
 from .cascade_jobs import take_lower_blocks
 from .common import Say, check_output, family_of, pick_device, say_figures
 from .conversion import convert_base
-from .image_advice import image_advice
+from .image_advice import plan_images
 from .image_pieces import data_line, load_data
-from .planning import planned_memory
+from .planning import Plan
 from .run import Pictures, Run
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: parameters by block, memory and compute."""
-    recipe = resolve_method(recipe)
-    config = recipe.config()
-    table = planned_memory(config, recipe)
-    with torch.device("meta"):
-        model = recipe.kind.model_class(config)
-    lines, advised = image_advice(recipe, config)
-    for line in (format_block_parameters(model), "", str(table), "", *lines):
-        say(line)
-    return table.to_dict() | advised
+def plan(recipe: Recipe) -> Plan:
+    """What ``diffusionblocks plan`` prints: parameters by block, memory and compute."""
+    return plan_images(recipe)
 
 
 def build_trainer(
@@ -112,7 +102,7 @@ class ClassifierRun(Run):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForImageClassification, model_dir: Path) -> list[str]:
         return [
             "import hf_diffusionblocks",
             "from transformers import pipeline",

@@ -31,6 +31,7 @@ class Recipe:
         method: ``blocked``; or a baseline: ``end_to_end`` (all L layers at once) or ``shallow`` (L / B layers).
         match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or as many as cost the same.
         layers: number of layers of a shallow baseline; by default L / B, rounded up.
+        license: of the weights, the Hub's identifier (``apache-2.0``), for the model's card.
         model: config of the base network (of a language model: with its ``model_type``), or ``base``: a directory or
             Hub id to convert.
         blocks: fields of the blocked model's config.
@@ -42,6 +43,7 @@ class Recipe:
     method: str = "blocked"
     match: str = "updates"
     layers: int | None = None
+    license: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
     # Each of a class that the family's `kind` names: what holds for one kind is checked there, not by types.
@@ -190,6 +192,9 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
             raise ValueError(unknown_name(name, values[name], allowed) + own)
     if not isinstance(values.get("name", ""), str):
         raise ValueError(f"name={values['name']!r:.60} must be text: the recipe's name.")
+    license = values.get("license")
+    if license is not None and (not isinstance(license, str) or not license.strip()):
+        raise ValueError(f"license={license!r:.60} must be the Hub's identifier of a licence, such as apache-2.0.")
     kind = FAMILIES[family]
     for name in ("data", "sampling", "evaluation"):
         section = values.get(name) or {}
