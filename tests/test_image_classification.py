@@ -35,7 +35,7 @@ from hf_diffusionblocks.evaluation import predict
 from hf_diffusionblocks.noise import equal_probability_grid
 from hf_diffusionblocks.objectives import ExactLabelPrediction, LabelPrediction, default_objective
 from tiny import NUM_CLASSES, TinyImages
-from tiny_vit import ARCHITECTURES, POSITIONS, WIDTH, base_vit, blocked_vit, images, new_vit, vit_config
+from tiny_vit import EACH_ARCHITECTURE, POSITIONS, WIDTH, base_vit, blocked_vit, images, new_vit, vit_config
 
 READOUTS = ["clean", "exact", "edm"]
 LABELS = torch.tensor([0, 3, 9, 3])
@@ -48,7 +48,7 @@ def batch_of(count: int = 4) -> dict[str, Tensor]:
 # -- conversion --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_a_converted_cascade_gives_the_logits_of_its_base_and_gives_it_back(architecture):
     base = base_vit(architecture)
     model = BlockedForImageClassification.from_base(base, 3).eval()
@@ -63,7 +63,7 @@ def test_a_converted_cascade_gives_the_logits_of_its_base_and_gives_it_back(arch
     assert model.start(x).shape[1] == model.config.num_positions == POSITIONS[architecture]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_modulation_that_is_zero_leaves_a_layer_as_it_is(architecture):
     model = BlockedForImageClassification.from_base(base_vit(architecture), 2, readout="edm").eval()
     module = model.block(0)
@@ -135,7 +135,7 @@ def test_a_dinov2_of_an_old_transformers_names_the_version_that_it_needs(monkeyp
     class Old(modeling_dinov2.Dinov2Attention):
         def __init__(self, config):
             super().__init__(config)
-            del self.o_proj
+            self._modules.pop("o_proj", None)
 
     monkeypatch.setattr(modeling_dinov2, "Dinov2Attention", Old)
     with pytest.raises(ValueError, match="'dinov2' model in a way that cannot be cut: .* transformers 5.18 or newer"):
@@ -441,7 +441,7 @@ def test_rows_without_a_label_are_left_out_of_the_loss():
     torch.testing.assert_close(output.loss, F.cross_entropy(output.logits[[0, 2]], labels[[0, 2]]))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_hidden_states_and_images_of_another_size_are_the_bases(architecture):
     base = base_vit(architecture)
     model = BlockedForImageClassification.from_base(base, 3).eval()
