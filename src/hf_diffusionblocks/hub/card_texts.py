@@ -16,7 +16,8 @@ _TARGETS = {
 def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     """What the model is and how its blocks were trained."""
     config, count = model.config, model.partition.num_blocks
-    source = "(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
+    link = "([arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
+    source = f"(DiffusionBlocks, {link[1:]}"
     blocks = f"{count} blocks" if count > 1 else "one block"
     if isinstance(config, BlockedMaskedLMConfig):
         made = base_model or f"A {config.base_config['model_type']} network"
@@ -41,9 +42,9 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
             else f"unrolled, {config.mean_recurrences + 1} recurrences on average, with the gradient through the last "
             f"{config.backprop_depth}"
         )
-        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library of {source}."
+        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library for DiffusionBlocks {link}."
     if count == 1:
-        return f"{made} in one block, trained end to end with the library of {source}."
+        return f"{made} in one block, trained end to end with the library for DiffusionBlocks {link}."
     how = f"trained block by block with the cross-entropy of the {target}"
     context = (
         "Each block reads what the blocks below it give, without a gradient; the last one's head gives the logits."
