@@ -138,6 +138,7 @@ GROUPS = (
             "ViT, Forward-Forward": "Forward-Forward",
             "ViT, Contrastive Forward-Forward": "Contrastive Forward-Forward",
             "ViT, DiffusionBlocks, the paper's": "blocks, B = 3, the paper's setting",
+            "ViT, DiffusionBlocks, the paper's, noise higher": "blocks, B = 3, the paper's with higher noise",
             "ViT, DiffusionBlocks, exact readout": "blocks, B = 3, the paper's in its exact form",
             "ViT, blocks, exact gradient": "blocks, B = 3, exact gradient",
             "ViT, blocks, the library's default": "blocks, B = 3, default",
