@@ -8,6 +8,9 @@ CONSTRAINTS ?= constraints.txt
 STAMP := $(VENV)/.installed
 STARTED := $(VENV)/.install-started
 PYTEST_ARGS ?=
+# Processes that share the tests; each takes about 1.5 GB. WORKERS=0: in this one, as a debugger needs it.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 # What meets transformers, diffusers, accelerate, datasets and the Hub's client; the rest is our own maths.
 OLDEST_TESTS ?= tests/test_package.py tests/test_modeling.py tests/test_serialization.py tests/test_dit.py \
 	tests/test_pipelines.py tests/test_text_to_image.py tests/test_schedulers.py tests/test_causal_lm.py \
@@ -60,13 +63,13 @@ demo-text: $(STAMP) ## Train a blocked Llama on Python's documentation and write
 	$(PY) -m hf_diffusionblocks train pydoc-llama --output-dir runs/pydoc-llama
 
 test: $(STAMP) ## Run the tests (PYTEST_ARGS="tests/test_data.py -k digits" for some of them)
-	$(PY) -m pytest $(PYTEST_ARGS)
+	$(PY) $(PYTEST) $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## Run the tests that take minutes
 	$(PY) -m pytest -m slow $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## Run GPU_TESTS with their trainers on the GPU (VENV may name an environment with a CUDA build of torch)
-	TEST_DEVICE=cuda $(PY) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
+	TEST_DEVICE=cuda $(PY) $(PYTEST) $(GPU_TESTS) $(PYTEST_ARGS)
 
 test-oldest: ## Run OLDEST_TESTS with the oldest supported versions (constraints-oldest.txt), in .venv-oldest
 	$(MAKE) VENV=$(VENV)-oldest CONSTRAINTS=constraints-oldest.txt test PYTEST_ARGS="$(OLDEST_TESTS) $(PYTEST_ARGS)"

@@ -3,6 +3,7 @@
     python benchmarks/gpu.py                     # DiT-XL/2 under 12 GiB, then a Llama of 1.1 billion parameters
     python benchmarks/gpu.py dit --limit 16 --blocks 7
     python benchmarks/gpu.py llama --layers 8
+    python benchmarks/gpu.py table               # what was kept of earlier runs, in markdown
 
 Each way is a process of its own. If the plan says that it fits, it runs under the limit
 (``torch.cuda.set_per_process_memory_fraction``): the allocator then refuses what a smaller card could not hold. Others
@@ -10,8 +11,8 @@ run without; "no" stands where tensors took more than the limit.
 
 peak: the most bytes of tensors at any time (``torch.cuda.max_memory_allocated``), from before the model is made until
 the last update; reserved: what the allocator took from the card for them. planned: ``plan_memory`` for the block that
-holds the most, and with blocks that rest elsewhere the next block's weights, moments and averages besides; the exact
-gradient is not planned for, the figure is that of the local one.
+holds the most, and with blocks that rest elsewhere the next block's weights, moments and averages besides, and of a
+cascade the weights of two of the lower blocks, which pass through. The exact gradient is planned for as the local one.
 
 Times are per update: the median over the visits of all blocks after the first ones, in which optimizers make their
 state. An update of a block computes a B-th of the layers (with the exact gradient: all of them), so an end-to-end
@@ -27,11 +28,14 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else asking for a GPU starts CUDA, which does not survive a fork
 
 import torch
+from _studies import RESULTS, add_row, read_rows
 from residency import Images, iterate
 from text_speed import Rows
 
@@ -46,6 +50,7 @@ from hf_diffusionblocks.memory import ALL_BLOCKS, BLOCKED, CHECKPOINTING, plan_m
 from hf_diffusionblocks.training.residency import construction
 
 GIB = 2**30
+FILE = RESULTS / "gpu.jsonl"
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,10 @@ def planned(job: dict[str, Any], way: Way, config: Any, use_ema: bool) -> int:
     if way.cut and way.residency == "device":
         return plan.worst(ALL_BLOCKS + suffix).total
     row = plan.worst(BLOCKED + suffix)
-    return row.total + (row.weights + row.moments + row.ema if way.cut else 0)
+    if not way.cut:
+        return row.total
+    passing = 2 * row.weights if job["model"] == "llama" else 0  # lower blocks, for their forward pass
+    return row.total + row.weights + row.moments + row.ema + passing
 
 
 def train(job: dict[str, Any], way: Way, limit: float, folder: str) -> dict[str, Any]:
@@ -221,25 +229,48 @@ def forked(job: dict[str, Any], way: Way, limit: float) -> dict[str, Any]:
     return found
 
 
-def table(job: dict[str, Any], limit: float, output: str | None) -> None:
-    """Print the rows as they come; add them to a file."""
-    print(f"| way | under {limit:g} GiB | peak GiB | reserved GiB | planned GiB | s per update | of end to end |")
-    print("|---|---|---|---|---|---|---|")
+HEAD = "| way | under {limit:g} GiB | peak GiB | reserved GiB | planned GiB | s per update | of end to end |\n|"
+HEAD += 7 * "---|"
+
+
+def line(row: dict[str, Any], whole: dict[str, Any]) -> str:
+    """A row of the table; ``whole`` is that of end to end."""
+    if "peak" not in row:
+        return f"| {row['name']} | {'refused' if 'refused' in row else row['error']} | | | | | |"
+    updates = 1 if not row["cut"] or row["gradient"] == "exact" else row["blocks"]
+    fits = "trains" if row["limited"] else "no" if row["peak"] > row["limit"] * GIB else "not tried"
+    cells = [fits, *(f"{row[kind] / GIB:.2f}" for kind in ("peak", "reserved", "planned"))]
+    cells += [f"{row['seconds']:.3f}", f"{updates * row['seconds'] / whole['seconds']:.2f}"]
+    return f"| {row['name']} | {' | '.join(cells)} |"
+
+
+def title(job: dict[str, Any]) -> str:
+    """What a table is of."""
+    return (
+        f"{job['model']}: {job['layers']} layers, width {job['width']}, batch {job['batch']} of {job['tokens']} "
+        f"tokens, {job['blocks']} blocks, float32 weights, autocast bf16; {job['card']}, {job['date']}"
+    )
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """All kept rows as tables, one of each model and batch."""
+    found = []
+    for _, group in groupby(rows, lambda row: (row["model"], row["batch"], row["date"])):
+        members = list(group)
+        found.append(f"{title(members[0])}\n\n{HEAD.format(limit=members[0]['limit'])}")
+        found[-1] += "".join("\n" + line(row, members[0]) for row in members)
+    return "\n\n".join(found)
+
+
+def run(job: dict[str, Any], output: Path) -> None:
+    """Print the rows of a model as they come, and keep them."""
+    print(f"\n{title(job)}\n\n{HEAD.format(limit=job['limit'])}")
     whole: dict[str, Any] = {}
     for way in WAYS[job["model"]]:
-        row = job | asdict(way) | forked(job, way, limit) | {"limit": limit, "date": str(datetime.date.today())}
-        if "peak" not in row:
-            print(f"| {way.name} | {row.get('refused') or row['error']} | | | | | |", flush=True)
-            continue
+        row = job | asdict(way) | forked(job, way, job["limit"])
         whole = whole or row
-        updates = 1 if not way.cut or way.gradient == "exact" else job["blocks"]
-        cells = ["trains" if row["limited"] else "no" if row["peak"] > limit * GIB else "not tried"]
-        cells += [f"{row[kind] / GIB:.2f}" for kind in ("peak", "reserved", "planned")]
-        cells += [f"{row['seconds']:.3f}", f"{updates * row['seconds'] / whole['seconds']:.2f}"]
-        print(f"| {way.name} | {' | '.join(cells)} |", flush=True)
-        if output:
-            with open(output, "a") as file:
-                file.write(json.dumps(row) + "\n")
+        print(line(row, whole), flush=True)
+        add_row(output, row)
 
 
 def card() -> str:
@@ -261,29 +292,27 @@ SIZES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", metavar="model", help=f"of {', '.join(SIZES)}; default: both")
+    parser.add_argument("models", nargs="*", metavar="model", help=f"of {', '.join(SIZES)}, or table; default: both")
     for name in ("layers", "width", "batch", "tokens", "blocks"):
         parser.add_argument(f"--{name}", type=int, help="default: the model's")
     parser.add_argument("--visit", type=int, default=8, help="updates per visit of a block")
     parser.add_argument("--visits", type=int, default=2, help="visits of each block; the first is not timed")
     parser.add_argument("--limit", type=float, default=12.0, help="GiB of the smaller card")
-    parser.add_argument("--output", help="a file for the rows, JSON lines")
+    parser.add_argument("--output", type=Path, default=FILE, help="a file for the rows, JSON lines")
     options = parser.parse_args()
+    if options.models == ["table"]:
+        print(table(read_rows(options.output)))
+        return
     unknown = sorted(set(options.models) - set(SIZES))
     if unknown:
-        parser.error(f"unknown model {unknown[0]!r}: choose from {', '.join(SIZES)}")
+        parser.error(f"unknown model {unknown[0]!r}: choose from {', '.join(SIZES)}, or table")
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a GPU")
-    name = card()
+    common = {"visit": options.visit, "visits": options.visits, "limit": options.limit, "card": card()}
     for model in options.models or SIZES:
         given = {key: getattr(options, key) for key in SIZES[model] if getattr(options, key) is not None}
-        job = {"model": model} | SIZES[model] | given | {"visit": options.visit, "visits": options.visits}
-        print(
-            f"\n{model}: {job['layers']} layers, width {job['width']}, batch {job['batch']} of {job['tokens']} tokens, "
-            f"{job['blocks']} blocks, float32 weights, autocast bf16; {name}, torch {torch.__version__}, "
-            f"{datetime.date.today()}\n"
-        )
-        table(job | {"card": name}, options.limit, options.output)
+        date = {"date": datetime.date.today().isoformat()}
+        run({"model": model} | SIZES[model] | given | common | date, options.output)
 
 
 if __name__ == "__main__":

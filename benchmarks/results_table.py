@@ -200,7 +200,7 @@ GROUPS = (
             "LoRA, r=16, lr 2e-03": "LoRA, r = 16",
             "BAdam, B=3, lr 1e-04": "BAdam",
             "GaLore by layer, r=128, lr 4e-04": "GaLore, r = 128",
-            "exact, in turn, 1 per visit, B=3, lr 1e-04": "blocks in turn, B = 3, default",
+            "exact, in turn, 1 per visit, B=3, lr 1e-04": "blocks in turn, exact gradient, B = 3",
         },
         "python benchmarks/smollm2.py run",
         ours=("exact, in turn, 1 per visit, B=3, lr 1e-04",),

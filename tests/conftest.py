@@ -22,6 +22,9 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+if _count := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # processes share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(_count))))
+
 import hypothesis  # noqa: E402
 import jaxtyping  # noqa: E402
 

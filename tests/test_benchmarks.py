@@ -87,6 +87,12 @@ def test_the_bare_loop_learns_from_the_rows_in_turn(script):
     assert timing.median([{"a": 1.0}, {"a": 5.0}, {"a": 2.0}], lambda row: row["a"]) == 2.0
 
 
+def test_the_documented_tables_of_a_gpu_are_those_of_the_kept_results(script):
+    module = script("gpu")
+    lines = module.table(module.read_rows(module.FILE)).splitlines()
+    assert len(lines) > 15 and not missing(lines, documented("experiments-gpu.md"))
+
+
 def test_the_documented_table_of_recurrent_depth_is_that_of_the_kept_results(script):
     text = documented("experiments-recurrent.md")
     lines = [line for line in script("recurrent").table().splitlines() if line]

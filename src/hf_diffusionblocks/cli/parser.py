@@ -48,6 +48,14 @@ def _add_habits(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRES
     parser.add_argument("--debug", action="store_true", default=default, help="show the whole traceback of an error")
     parser.add_argument("-q", "--quiet", action="store_true", default=default, help="print errors only")
     parser.add_argument("-v", "--verbose", action="store_true", default=default, help="log what is done, to stderr")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        default=default,
+        action="append" if default is argparse.SUPPRESS else "store",
+        help="a module, or a .py file, that registers families of your own; read first (repeatable)",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:

@@ -23,6 +23,7 @@ from transformers.utils import logging
 from ..agreement import hub_name, weights_digest
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
+from .base_config import fields_of
 from .base_loading import part_settings
 from .dit_config import BlockedDiTConfig, base_config_defaults, config_fields
 from .dit_conversion import base_preconditioning, load_base
@@ -244,9 +245,10 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         cls, base_config: Mapping[str, Any], num_blocks: int | None = None, **settings: Any
     ) -> BlockedDiTConfig:
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
-        unknown = [n for n in settings if n not in config_fields()]
+        allowed = config_fields() | fields_of(cls.config_class)
+        unknown = [n for n in settings if n not in allowed]
         if unknown:
-            raise ValueError(unknown_name("setting", unknown[0], config_fields()))
+            raise ValueError(unknown_name("setting", unknown[0], allowed))
         if "base_class" not in settings:
             kind = class_of(base_config)
             if kind is None:
@@ -257,7 +259,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             settings.setdefault("preconditioning", kind.preconditioning)
         if num_blocks is None:
             num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
-        return BlockedDiTConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)
+        return cls.config_class(base_config=dict(base_config), num_blocks=num_blocks, **settings)
 
     def to_base(self, block: int | None = None) -> ModelMixin:
         """Give back a diffusers transformer of the base's class.

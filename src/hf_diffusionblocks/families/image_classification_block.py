@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -171,18 +172,15 @@ def make_network(
     missing = [name for name in ("embeddings", "layernorm") if not hasattr(network.base_model, name)]
     if missing or not isinstance(network.classifier, nn.Linear):
         raise ValueError(f"a model of type {kind!r} cannot be cut: it lacks {missing or ['a linear head']}. {MEND}")
+    if not hasattr(ANATOMIES[kind].layers_of(network)[0].attention, "o_proj"):  # its names are those on the disk too
+        raise ValueError(
+            f"transformers {transformers.__version__} builds the layers of a {kind!r} model in a way that cannot be "
+            "cut: this kind needs transformers 5.18 or newer (pip install -U transformers). ViT and DeiT work as it is."
+        )
     return network
 
 
-# The linear maps that a layer's branches end in, as transformers names or has named them: of a gated MLP, down_proj.
-_ATTENTION_OUTPUTS = ("attention.o_proj", "attention.output.dense")
-_MLP_OUTPUTS = ("mlp.down_proj", "mlp.weights_out", "mlp.fc2")
-
-
-def _outputs(layers: Sequence[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """The paths from a layer to the linear maps that its two branches end in."""
-    if not layers:
-        return ()
-    names = {name for name, _ in layers[0].named_modules()}
-    found = [next(path for path in paths if path in names) for paths in (_ATTENTION_OUTPUTS, _MLP_OUTPUTS)]
-    return tuple(tuple(path.split(".")) for path in found)
+def _outputs(layers: Sequence[nn.Module]) -> tuple[tuple[str, str], ...]:
+    """The linear maps that a layer's branches end in: of a gated MLP, ``down_proj``."""
+    gated = bool(layers) and hasattr(layers[0].mlp, "down_proj")
+    return (("attention", "o_proj"), ("mlp", "down_proj" if gated else "fc2"))

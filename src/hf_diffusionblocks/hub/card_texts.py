@@ -4,6 +4,7 @@ from ..families.categorical_config import CategoricalConfig
 from ..families.masked_lm_config import BlockedMaskedLMConfig
 from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel
+from ..repository import register_task
 
 # Target, input and name of a family of categorical targets.
 _TARGETS = {
@@ -15,7 +16,8 @@ _TARGETS = {
 def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     """What the model is and how its blocks were trained."""
     config, count = model.config, model.partition.num_blocks
-    source = "(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
+    link = "([arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
+    source = f"(DiffusionBlocks, {link[1:]}"
     blocks = f"{count} blocks" if count > 1 else "one block"
     if isinstance(config, BlockedMaskedLMConfig):
         made = base_model or f"A {config.base_config['model_type']} network"
@@ -40,9 +42,11 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
             else f"unrolled, {config.mean_recurrences + 1} recurrences on average, with the gradient through the last "
             f"{config.backprop_depth}"
         )
-        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library of {source}."
+        return (
+            f"{made} of recurrent depth ({parts}), its core trained {how}, with the library for DiffusionBlocks {link}."
+        )
     if count == 1:
-        return f"{made} in one block, trained end to end with the library of {source}."
+        return f"{made} in one block, trained end to end with the library for DiffusionBlocks {link}."
     how = f"trained block by block with the cross-entropy of the {target}"
     context = (
         "Each block reads what the blocks below it give, without a gradient; the last one's head gives the logits."
@@ -93,9 +97,18 @@ _USES = {
 }
 
 
+def register_card(model_type: str, like: str) -> None:
+    """Describe models of a family of your own, and name their task on the Hub, as those of another ``model_type``."""
+    register_task(model_type, like)
+    if like in _TARGETS:
+        _TARGETS[model_type] = _TARGETS[like]
+    if like in _USES:
+        _USES[model_type] = _USES[like]
+
+
 def intended_use(model: BlockedPreTrainedModel) -> str:
-    """Two sentences on what a model of its family is for, and on its limits."""
-    return _USES[model.config.model_type]
+    """Two sentences on what a model of its family is for, and on its limits; none of a family that says nothing."""
+    return _USES.get(model.config.model_type, "")
 
 
 def settings(model: BlockedPreTrainedModel) -> str:

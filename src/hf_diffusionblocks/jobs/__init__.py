@@ -181,8 +181,8 @@ def convert(
     with refusals_name_the_families():
         if dry_run:
             return preview(base, output_dir, family, settings, say)
-        kind = {"kind": FAMILIES[family].model_class} if FAMILIES[family].job == "text" else {}
-        return {"model": str(_of(family).convert(base, output_dir, settings, say, **kind)), "family": family}
+        kind = FAMILIES[family].model_class
+        return {"model": str(_of(family).convert(base, output_dir, settings, say, kind=kind)), "family": family}
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:

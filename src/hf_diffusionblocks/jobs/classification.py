@@ -14,11 +14,12 @@ from ..evaluation import score_classifier
 from ..families.image_classification import BlockedForImageClassification, BlockedImageClassificationConfig
 from ..memory import MemoryPlan
 from ..recipes import Recipe
+from ..recipes.families import FAMILIES
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from . import building
 from .cascade_jobs import take_lower_blocks
-from .common import Say, check_output, pick_device, say_figures
+from .common import Say, check_output, family_of, pick_device, say_figures
 from .conversion import convert_base
 from .image_advice import plan_images
 from .image_pieces import data_line, load_data
@@ -28,7 +29,7 @@ from .run import Pictures, Run
 
 def plan(recipe: Recipe) -> Plan:
     """What ``diffusionblocks plan`` prints: parameters by block, memory and compute."""
-    return plan_images(recipe, BlockedForImageClassification)
+    return plan_images(recipe)
 
 
 def build_trainer(
@@ -43,7 +44,7 @@ def build_trainer(
     """The trainer of a classifier's recipe; see ``building.make_trainer``."""
 
     def prepare(model: BlockedForImageClassification) -> None:
-        check_classes(train, model.config)
+        check_classes(train, model.config, recipe.kind.classes_key)
         building.name_classes(model, train)
         if lower is not None and blocks:
             take_lower_blocks(model, lower, min(blocks))
@@ -63,9 +64,9 @@ def build_trainer(
     return building.make_trainer(recipe, train, held_out, **made)
 
 
-def check_classes(data: ImageDataset, config: BlockedImageClassificationConfig) -> None:
-    """Raise a ``ValueError`` for data with more classes than the model has."""
-    building.check_classes(data, config.num_classes, "labels", "model.num_labels")
+def check_classes(data: ImageDataset, config: BlockedImageClassificationConfig, key: str = "num_labels") -> None:
+    """Raise a ``ValueError`` for data with more classes than the model has, by ``key`` of the section ``model``."""
+    building.check_classes(data, config.num_classes, "labels", f"model.{key}")
 
 
 class ClassifierRun(Run):
@@ -121,7 +122,9 @@ def save_processor(config: BlockedImageClassificationConfig, directory: Path) ->
             os.replace(path, directory / path.name)
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForImageClassification
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained classifier into blocks and save it with its image processor."""
 
     def save_beside(base: str, directory: Path, **hub: Any) -> None:
@@ -130,7 +133,7 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
         AutoImageProcessor.from_pretrained(base, **hub).save_pretrained(directory)
 
     return convert_base(
-        BlockedForImageClassification,
+        kind,
         base,
         output_dir,
         settings,
@@ -145,7 +148,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
-    model = BlockedForImageClassification.from_pretrained(model_dir).to(pick_device())
+    model = FAMILIES[family_of(model_dir)].model_class.from_pretrained(model_dir).to(pick_device())
     _, test_data = load_data(recipe)
     check_classes(test_data, model.config)
     model.check_batch(test_data[[0]])

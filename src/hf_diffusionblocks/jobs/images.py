@@ -27,7 +27,7 @@ from .sample_files import write_samples
 
 def plan(recipe: Recipe) -> Plan:
     """What ``diffusionblocks plan`` prints; see ``hf_diffusionblocks.jobs.plan``."""
-    return plan_images(recipe, BlockedDiTModel)
+    return plan_images(recipe)
 
 
 class ImageRun(Run):
@@ -158,10 +158,12 @@ def record_denoising(
     return steps
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedDiTModel
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
     target = new_directory(output_dir)
-    model = BlockedDiTModel.from_base(base, **settings)
+    model = kind.from_base(base, **settings)
     scheduler, vae = load_components(base, **hub_settings(settings))
     if model.config.preconditioning != "vp_epsilon":
         scheduler = None  # it is for the noise levels that the base was trained on
@@ -225,7 +227,7 @@ def evaluate(
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
     cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")
-    check_classes(train_data, pipe.model)
+    check_classes(train_data, pipe.model, recipe.kind.classes_key)
     vae = pipe.vae or load_vae(recipe)
     if vae is not None:
         vae.to(pipe.model.device)

@@ -22,7 +22,7 @@ def plan(recipe: Recipe) -> Plan:
     recipe, config = planned_text(recipe)
     memory, cost = planned_memory(config, recipe), planned_compute(config, recipe)
     with torch.device("meta"):
-        model = BlockedForMaskedLM(config)
+        model = recipe.kind.model_class(config)
     return Plan(recipe, model, memory, shared_parts(model), compute_lines(cost), {"compute": compute_values(cost)})
 
 
@@ -44,7 +44,8 @@ class MaskedTextRun(TextRun):
 
     def how(self) -> str:
         s = self.recipe.sampling
-        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}, top-p {s.top_p:g}"
+        top_k = "" if s.top_k is None else f", top-k {s.top_k}"
+        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}{top_k}, top-p {s.top_p:g}"
 
     def shown(self, prompt: str, text: str) -> str:
         return prompt if text.startswith(prompt) else ""  # where it had gaps, nothing stands in front
@@ -71,9 +72,11 @@ class MaskedTextRun(TextRun):
         ]
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForMaskedLM
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained masked language model into blocks, saved with its tokenizer."""
-    return convert_text(BlockedForMaskedLM, base, output_dir, settings, say=say)
+    return convert_text(kind, base, output_dir, settings, say=say)
 
 
 def sample_masked(

@@ -186,7 +186,10 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     family = values.setdefault("family", "dit")
     for name, allowed in (("family", tuple(FAMILIES)), ("method", METHODS), ("match", MATCHES)):
         if values.get(name, allowed[0]) not in allowed:
-            raise ValueError(unknown_name(name, values[name], allowed))
+            own = (
+                " One of your own is known where its module was imported: --import MODULE." if name == "family" else ""
+            )
+            raise ValueError(unknown_name(name, values[name], allowed) + own)
     if not isinstance(values.get("name", ""), str):
         raise ValueError(f"name={values['name']!r:.60} must be text: the recipe's name.")
     license = values.get("license")
