@@ -70,7 +70,7 @@ def test_modulation_that_is_zero_leaves_a_layer_as_it_is(architecture):
     hidden, scaled, c_noise = model.start(images()), torch.randn(4, WIDTH), torch.randn(4)
     expected = torch.cat([hidden, module.noisy_in(scaled)[:, None]], dim=1)
     for layer in module.layers:
-        expected = layer(expected)
+        expected = layer(expected, None)
     assert torch.equal(module.noisy_features(hidden, scaled, c_noise), module.features(expected[:, :-1]))
 
 
@@ -259,7 +259,7 @@ def test_the_clean_loss_is_the_cross_entropy_behind_the_auxiliary_layers():
     for block in range(3):
         module, hidden = model.block(block), model.context_of(block, images())
         for layer in (*module.layers, *module.auxiliary_layers):
-            hidden = layer(hidden)
+            hidden = layer(hidden, None)
         expected = F.cross_entropy(module.classifier(module.norm(hidden)[:, 0]), LABELS)
         torch.testing.assert_close(LabelPrediction()(model, block, batch_of()).loss, expected)
 

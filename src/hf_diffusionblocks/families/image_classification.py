@@ -124,7 +124,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         self, hidden: Float[Tensor, "batch positions width"], block: int, **places: Any
     ) -> Float[Tensor, "batch positions width"]:
         for layer in self.block(block).layers:
-            hidden = layer(hidden)
+            hidden = layer(hidden, None)
         return hidden
 
     def num_positions(self, inputs: Tensor) -> int:
@@ -136,7 +136,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         """From a block's output through its auxiliary layers and head: what its local loss reads."""
         module = self.block(block)
         for layer in module.auxiliary_layers:
-            hidden = layer(hidden)
+            hidden = layer(hidden, None)
         return module.classifier(module.features(hidden))
 
     # -- noisy labels --------------------------------------------------------------------------------------------

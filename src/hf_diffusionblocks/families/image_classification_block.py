@@ -180,15 +180,7 @@ def make_network(
     return network
 
 
-# The linear maps that a layer's branches end in, as transformers names or has named them: of a gated MLP, down_proj.
-_ATTENTION_OUTPUTS = ("attention.o_proj", "attention.output.dense")
-_MLP_OUTPUTS = ("mlp.down_proj", "mlp.weights_out", "mlp.fc2")
-
-
-def _outputs(layers: Sequence[nn.Module]) -> tuple[tuple[str, ...], ...]:
-    """The paths from a layer to the linear maps that its two branches end in."""
-    if not layers:
-        return ()
-    names = {name for name, _ in layers[0].named_modules()}
-    found = [next(path for path in paths if path in names) for paths in (_ATTENTION_OUTPUTS, _MLP_OUTPUTS)]
-    return tuple(tuple(path.split(".")) for path in found)
+def _outputs(layers: Sequence[nn.Module]) -> tuple[tuple[str, str], ...]:
+    """The linear maps that a layer's branches end in: of a gated MLP, ``down_proj``."""
+    gated = bool(layers) and hasattr(layers[0].mlp, "down_proj")
+    return (("attention", "o_proj"), ("mlp", "down_proj" if gated else "fc2"))

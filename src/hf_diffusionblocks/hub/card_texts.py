@@ -42,7 +42,9 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
             else f"unrolled, {config.mean_recurrences + 1} recurrences on average, with the gradient through the last "
             f"{config.backprop_depth}"
         )
-        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library for DiffusionBlocks {link}."
+        return (
+            f"{made} of recurrent depth ({parts}), its core trained {how}, with the library for DiffusionBlocks {link}."
+        )
     if count == 1:
         return f"{made} in one block, trained end to end with the library for DiffusionBlocks {link}."
     how = f"trained block by block with the cross-entropy of the {target}"
