@@ -87,3 +87,20 @@ def test_commands_parse(command):
         assert args.recipe in recipe_names()
         if not args.imports:  # a family of the reader's own is known where its module is
             load_recipe(args.recipe, args.overrides)
+
+
+def test_runs_of_the_pages_do_not_collide():
+    """Two commands that train differently in one directory would end with "belongs to another run"."""
+    pages = [p for p in WRITTEN if p.startswith("docs/how-to")]
+    found: dict[str, set[tuple]] = {}
+    for command in (c for p in ["README.md", *pages] for c in commands(p) if c.startswith("diffusionblocks train ")):
+        args = parse(shlex.split(command)[1:])
+        if args.dry_run:
+            continue
+        named = args.recipe or Path(args.data).stem
+        target = args.output_dir or f"runs/{named}-{args.method}-{args.match}".removesuffix("-None-None")
+        about = {s for s in args.overrides if not s.startswith("license=")}
+        found.setdefault(target, set()).add(
+            (args.recipe, args.data, args.method, tuple(args.block or ()), *sorted(about))
+        )
+    assert {target: runs for target, runs in found.items() if len(runs) > 1} == {} and len(found) > 15
