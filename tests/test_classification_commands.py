@@ -52,8 +52,9 @@ def test_train_and_evaluate(settings, tmp_path, capsys):
         assert figures["negative_log_likelihood_by_draws"]["3"] != figures["negative_log_likelihood"]
     capsys.readouterr()
     model = str(tmp_path / "run" / "model")
-    assert main(["evaluate", model, "--output", str(tmp_path / "again.json")]) == 0
+    assert main(["evaluate", model, "evaluation.steps=[]", "--output", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
+    assert "accuracy_by_steps" not in again and "accuracy by steps" not in capsys.readouterr().out
     assert again["accuracy"] == figures["accuracy"]
     assert again["negative_log_likelihood"] == pytest.approx(figures["negative_log_likelihood"], rel=1e-5)
     card = (Path(model) / "README.md").read_text()
@@ -146,6 +147,7 @@ def test_baselines_of_equal_updates_and_of_equal_compute():
     ("options", "words"),
     [
         (["model.num_labels=9"], ["10 classes", "model.num_labels=10"]),
+        (["--match", "compute"], ["match=compute is for a baseline", "shallow"]),
         (["model.num_labls=9"], ["num_labls", "num_labels"]),
         (["model.image_size=16"], ["[batch, 1, 16, 16]"]),
         (["model.num_channels=3"], ["[batch, 3, 8, 8]"]),

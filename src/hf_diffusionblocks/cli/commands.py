@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 def run(args: argparse.Namespace) -> Any:
     """Run a command; returns what ``--json`` prints."""
-    seed = getattr(args, "seed", 0)
+    seed = getattr(args, "seed", None) or 0
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
     if args.quiet:
@@ -152,10 +152,11 @@ def _sample(args: argparse.Namespace, say: Say) -> Any:
 def _print_table(args: argparse.Namespace, say: Say) -> Any:
     from ..paper_tables import formatting
 
-    if args.model is not None or args.overrides or args.recipe or args.data or args.output:
+    given = (args.overrides, args.recipe, args.data, args.output)
+    if args.model is not None or any(given) or args.seed is not None:
         raise ValueError(
             f"--table {args.table} prints figures that are known and scores nothing: leave out the model, --recipe, "
-            "--data, --output and settings."
+            "--data, --output, --seed and settings."
         )
     if args.table == "list":
         say(formatting.format_list())
@@ -182,7 +183,7 @@ def _evaluate(args: argparse.Namespace, say: Say) -> Any:
         if values is None:
             raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
         recipe = make_recipe(values, overrides)
-    figures = jobs.evaluate(args.model, recipe, args.output, args.seed, say=say)
+    figures = jobs.evaluate(args.model, recipe, args.output, args.seed or 0, say=say)
     if Path(args.model).is_dir():
         say(f"\nnext: diffusionblocks push {args.model} user/model --dry-run")
     return figures

@@ -196,7 +196,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_recipe(parser, option=True)
     parser.add_argument("--output", help="also write the figures to this JSON file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
 
 
 _CONVERT = "Cut a pretrained model into blocks and save it. " + what_can_be_cut()

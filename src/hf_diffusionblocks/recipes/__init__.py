@@ -209,6 +209,11 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     recipe = Recipe(**values)
     if recipe.layers is not None:
         _check_layers(recipe)
+    if recipe.method == "blocked" and recipe.match != "updates":
+        raise ValueError(
+            f"match={recipe.match} is for a baseline, and method=blocked is what baselines are matched with: choose "
+            "method=end_to_end or shallow as well, or leave match out."
+        )
     args = recipe.training_arguments()
     recipe.training = {name: getattr(args, name) for name in recipe.training}  # YAML reads 1e-4 as text
     if kind.has_text:
