@@ -1,6 +1,7 @@
 """The commands on image classifiers, at a size of seconds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,22 @@ def test_train_and_evaluate(settings, tmp_path, capsys):
     assert len(answers) == 5 and {answer["label"] for answer in answers} <= set("0123456789")
     assert main(["sample", model]) == 2
     assert "is a classifier, which draws no samples" in capsys.readouterr().err
+
+
+def test_a_resumed_run_counts_what_it_made_and_keeps_known_figures(tmp_path, capsys):
+    run = tmp_path / "run"
+    card = run / "model" / "README.md"
+    assert train(run, "evaluation.held_out_samples=8") == 0
+    assert "trained 18 updates in" in capsys.readouterr().out
+    measured = card.read_text()
+    assert "| accuracy |" in measured
+    assert train(run, "evaluation.held_out_samples=8", "--no-report") == 0
+    said = capsys.readouterr().out
+    assert "nothing was left to train: all 18 updates had been made; model saved" in said
+    assert card.read_text() == measured
+    shutil.rmtree(run / "checkpoint-18")  # as if killed before its end
+    assert train(run, "evaluation.held_out_samples=8", "--no-report") == 0
+    assert "trained 9 of 18 updates in" in capsys.readouterr().out
 
 
 def test_jobs_of_one_block_each_make_the_model_of_one_process(tmp_path):

@@ -104,7 +104,7 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
     output = Path(recipe.training["output_dir"])
     if args.dry_run:
-        planned = jobs.plan(recipe, say=say, short=True)
+        planned = jobs.plan(recipe, say=say, short=True, blocks=args.block, lower=args.lower)
         words = _words(args, method=args.method, match=args.match, layers=args.layers)
         say(f"\nthe whole table, with other methods beside it: diffusionblocks plan {words}")
         say(f"dry run: would train in {output}; nothing was written.")

@@ -145,7 +145,11 @@ def _add_sample(commands: Any) -> None:
         '  diffusionblocks sample runs/pydoc-md4/model --prompt "The <mask:40> module" --max-new-tokens 0',
     )
     parser.add_argument("model", help="directory or Hub id of a blocked model")
-    parser.add_argument("--steps", type=int, help="steps; default 50 for images, one per block for text")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="steps; default 50 for images, one per block for text; of a recurrent model recurrences",
+    )
     parser.add_argument("--grid", help="karras (default for images) or equal_probability (default for text)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(

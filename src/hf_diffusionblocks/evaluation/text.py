@@ -108,7 +108,10 @@ def prompt_tokens(
 
 
 def recurrent_options(settings: TextSampling) -> dict[str, Any]:
-    """What ``generate`` of a recurrent model is told for a walk along the noise grid.
+    """What ``generate`` of a recurrent model is told for ``mode="denoise"``.
+
+    A step is a recurrence: of a denoiser a noise level of the grid, of an unrolled core one of those that it is trained
+    by.
 
     Raises:
         ValueError: for another grid or bridge than its own.
@@ -151,7 +154,7 @@ def generate_text(
         options |= {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
     if settings.mode == "denoise":
         if isinstance(model, BlockedRecurrentForCausalLM):
-            options |= recurrent_options(settings) if model.config.two_stream else {}  # unrolled as it was trained
+            options |= recurrent_options(settings)
         else:
             options |= {"custom_generate": denoising_generate, "seed": seed}
             options |= {"steps": settings.steps, "grid": settings.grid, "bridge": settings.bridge}

@@ -16,6 +16,7 @@ from ..serialization import read_json
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
 from .bases import family_for, preview, refusals_name_the_families
+from .cascade_jobs import check_planned_job
 from .classification import ClassifierRun
 from .common import (
     Say,
@@ -51,15 +52,30 @@ def _of(family: str) -> ModuleType:
     return JOBS[FAMILIES[family].job]
 
 
-def plan(recipe: Recipe, say: Say = print, short: bool = False) -> dict[str, Any]:
+def plan(
+    recipe: Recipe,
+    say: Say = print,
+    short: bool = False,
+    *,
+    blocks: list[int] | None = None,
+    lower: str | None = None,
+) -> dict[str, Any]:
     """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory.
 
     Args:
         recipe: of the run.
         say: prints.
         short: print what fits on a screen; the figures that are returned are all of them.
+        blocks: of a job that is to train these only.
+        lower: of a cascade's job, the directory of a model that holds the trained blocks below.
+
+    Raises:
+        ValueError: for a job that ``train`` refuses.
     """
+    _check_lower(recipe, lower)
     planned = _of(recipe.family).plan(recipe)
+    if blocks is not None or lower is not None:
+        check_planned_job(planned.model, planned.recipe.training_arguments(), blocks, lower)
     for line in planned.short_lines() if short else planned.lines():
         say(line)
     return planned.to_dict()
@@ -89,15 +105,19 @@ def train(
     Returns:
         The directory of the saved model.
     """
-    if lower is not None and not recipe.kind.cascades:
-        raise ValueError(
-            f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
-        )
+    _check_lower(recipe, lower)
     run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say, command=command)
     model_dir = run.train(resume)
     if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
         say_report(model_dir.parent, say)
     return model_dir
+
+
+def _check_lower(recipe: Recipe, lower: str | None) -> None:
+    if lower is not None and not recipe.kind.cascades:
+        raise ValueError(
+            f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
+        )
 
 
 def card(run_dir: str, output: str | None = None, say: Say = print) -> Path:

@@ -42,7 +42,7 @@ class MaskedTextRun(TextRun):
     def write_text(self, model: BlockedForMaskedLM, prompt: str, seed: int) -> str:
         return fill_text(model, self.tokenizer, prompt, self.recipe.sampling, seed=seed)
 
-    def how(self) -> str:
+    def how(self, config: BlockedMaskedLMConfig) -> str:
         s = self.recipe.sampling
         top_k = "" if s.top_k is None else f", top-k {s.top_k}"
         return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}{top_k}, top-p {s.top_p:g}"

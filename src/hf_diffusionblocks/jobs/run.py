@@ -143,12 +143,16 @@ class Run:
             return model_dir
         record_run(trainer.output_dir, trainer.accelerator.device, self.command, resumed=True)
         self.save_beside(trainer.model, model_dir)
-        taken = human_seconds(summary["training_seconds"])
+        before, seconds = trainer.status.first, summary["training_seconds"]
+        done = _done(summary["iterations"], before, seconds)
+        known = self._known_figures() if before == summary["iterations"] else {}  # the model that was scored then
         if resumed:  # the seconds are those of this process only: no figure of the run
-            taken += " since it was resumed"
             del summary["training_seconds"]
-        self.write_card(trainer.model, model_dir, {k: v for k, v in summary.items() if k == "training_seconds"})
-        self._say(f"trained {summary['iterations']} updates in {taken}; model saved in {model_dir}")
+            summary |= {name: known[name] for name in ("training_seconds",) if name in known}
+        else:
+            known = {"training_seconds": seconds}
+        self.write_card(trainer.model, model_dir, known)
+        self._say(f"{done}; model saved in {model_dir}")
         return self._finish(trainer, model_dir, summary)
 
     def _finish(self, trainer: DiffusionBlocksTrainer, model_dir: Path, summary: dict[str, Any]) -> Path:
@@ -201,9 +205,23 @@ class Run:
         )
         write_model_card(model_dir if path is None else path, card)
 
+    def _known_figures(self) -> dict[str, Any]:
+        """What was measured when this run had come to its end before; empty if it has not."""
+        path = self.output / FIGURES_DIR / FIGURES_NAME
+        return serialization.read_json(path) if path.is_file() else {}
+
     def _load(self, model_dir: Path, device: torch.device) -> BlockedPreTrainedModel:
         return self.recipe.kind.model_class.from_pretrained(model_dir).to(device)
 
     def _say(self, *lines: str) -> None:
         for line in lines:
             self.say(line)
+
+
+def _done(iterations: int, before: int, seconds: float) -> str:
+    """What this process trained, in words; ``before`` it, so many of the run's iterations had been made."""
+    if before == iterations:
+        return f"nothing was left to train: all {iterations} updates had been made"
+    if before:
+        return f"trained {iterations - before} of {iterations} updates in {human_seconds(seconds)} since it was resumed"
+    return f"trained {iterations} updates in {human_seconds(seconds)}"

@@ -11,6 +11,7 @@ from ..evaluation import generate_text, prompt_tokens, score_text
 from ..families.categorical_config import PLAIN
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 from ..memory import MemoryPlan
 from ..recipes import Recipe
 from ..recipes.sections import TextSampling
@@ -97,10 +98,14 @@ class CausalTextRun(TextRun):
     def write_text(self, model: BlockedForCausalLM, prompt: str, seed: int) -> str:
         return generate_text(model, self.tokenizer, prompt, self.recipe.sampling, seed=seed)
 
-    def how(self) -> str:
+    def how(self, config: BlockedCausalLMConfig) -> str:
         s = self.recipe.sampling
         how = f"temperature {s.temperature:g}, top-p {s.top_p:g}" if s.do_sample else "the likeliest token"
-        if s.mode == "denoise":
+        if isinstance(config, BlockedRecurrentConfig):
+            times = s.steps if s.mode == "denoise" and s.steps else config.recurrences
+            where = " along the noise grid" if s.mode == "denoise" and config.two_stream else ""
+            how += f", {times} recurrence{'s' * (times > 1)} per token{where}"
+        elif s.mode == "denoise":
             how += f", along the noise grid ({s.steps or 'B'} steps, {s.bridge})"
         return how
 
