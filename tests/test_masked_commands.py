@@ -151,7 +151,7 @@ def test_the_papers_recipe_has_the_papers_settings():
     [
         (["sample", "{run}", "--prompt", "alpha", "--max-new-tokens", "0"], "has no gap: write <mask:12>"),
         (["sample", "{run}", "--prompt", "<mask:99>"], "more than the model's 64 positions"),
-        (["sample", "{run}", "--order", "left"], "'left'"),
+        (["sample", "{run}", "--order", "left"], "sample: unknown sampling.order 'left': Allowed"),
         (["sample", "{run}", "--denoise"], "--denoise has no meaning"),
         (["sample", "{run}", "--top-k", "0"], "top_k=0 must be a whole number of at least 1"),
         (["sample", "{run}", "--steps", "0"], "steps=0"),

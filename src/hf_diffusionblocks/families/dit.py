@@ -265,19 +265,24 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         """Give back a diffusers transformer of the base's class.
 
         Args:
-            block: a block, to get it as a DiT of its own layers. Not needed for B = 1, where the result is bitwise
+            block: a block, to get it as a network of its own layers. Not needed for B = 1, where the result is bitwise
                 the network that was converted.
 
         Raises:
             ValueError: for B > 1 without ``block``: every block has a stem and a head of its own and expects noisy
-                images, not another block's hidden states, so the blocks do not add up to one DiT.
+                images, not another block's hidden states, so the blocks do not add up to one network.
         """
         if block is None:
             if self.partition.num_blocks > 1:
+                kind = self.config.transformer_class
+                name, sample = "DiT", "sample with BlockedDiTPipeline"
+                if not kind.has_labels:
+                    name = kind.name
+                    sample = "give as_transformer() to its diffusers pipeline in the place of the transformer"
                 raise ValueError(
-                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one DiT: each has its "
+                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one {name}: each has its "
                     "own patch embedding and head and expects noisy images, not hidden states. Use to_base(block=b) "
-                    "for one block as a DiT of its own layers, or sample with BlockedDiTPipeline."
+                    f"for one block as a {name} of its own layers, or {sample}."
                 )
             block = 0
         source = self.block(block)

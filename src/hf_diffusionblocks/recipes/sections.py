@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config_checks import settle
 from ..generation import BRIDGES
+from ..masked_generation import ORDERS as UNMASKING_ORDERS
 from ..masked_generation import UnmaskingConfig
 from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
@@ -190,6 +191,8 @@ class MaskedSampling:
         if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError(f"sampling.prompts={self.prompts!r} must list texts; '' writes one from nothing.")
         _check_whole("sampling", self, max_new_tokens=0)
+        if self.order not in UNMASKING_ORDERS:
+            raise ValueError(unknown_name("sampling.order", self.order, UNMASKING_ORDERS))
         try:
             UnmaskingConfig(self.steps, self.order, self.temperature, self.top_p, self.top_k)
         except ValueError as error:
