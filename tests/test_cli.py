@@ -163,7 +163,7 @@ def test_encode_then_train_on_latents(tmp_path):
         (["sample", "nonono"], ["no directory nonono"]),
         (["evaluate", "runs/a/model", "--recipe", "digits-dit"], ["no directory runs/a/model"]),
         (["sample", "/no/such/model"], ["/no/such/model"]),
-        (["evaluate", "/no/such/model"], ["/no/such/model", "--recipe"]),
+        (["evaluate", "/no/such/model"], ["no directory /no/such/model"]),
         (["convert", "/no/such/dit", "--output-dir", "x"], ["/no/such/dit"]),
     ],
 )

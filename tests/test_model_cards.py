@@ -15,7 +15,10 @@ HEADLINES = {
     "digits-dit": ("class_agreement", 0.9, 1.0),
     "digits-vit": ("accuracy", 0.9, 1.0),
     "pydoc-llama": ("bits_per_character", 1.0, 2.5),
+    "fashion-mnist-dit": ("class_agreement", 0.5, 1.0),
+    "fashion-mnist-vit": ("accuracy", 0.85, 0.92),
     "pydoc-md4": ("bound_bits_per_character", 1.0, 4.0),
+    "pydoc-recurrent": ("bits_per_character", 1.0, 3.0),
 }
 
 

@@ -41,9 +41,11 @@ class BlockedPreTrainedModel(BlockFiles, StreamedBlocks, PushedBlocks, PreTraine
         partition: the ``BlockPartition``, the one road from a noise level to a block.
         preconditioning: from the raw network to the denoiser.
         blocks: the resident blocks, under their numbers.
+        scored_by: of a class: the functions of this library that score it on held-out data, for errors of the others.
     """
 
     config_class = DiffusionBlocksConfig
+    scored_by = "the held_out of its objective"
     base_model_prefix = ""
     supports_gradient_checkpointing = True
 

@@ -66,13 +66,13 @@ def is_transient(error: BaseException) -> bool:
         return _status(error) in _BUSY
     return any(
         isinstance(e, (httpx.TransportError, ConnectionError, TimeoutError)) and not isinstance(e, OfflineModeIsEnabled)
-        for e in _chain(error)
+        for e in chain(error)
     )
 
 
 def why_unreachable(error: BaseException) -> str | None:
     """In words, why no answer came from a server at all; None if one did, or if something else went wrong."""
-    if any(isinstance(e, OfflineModeIsEnabled) for e in _chain(error)):
+    if any(isinstance(e, OfflineModeIsEnabled) for e in chain(error)):
         return "HF_HUB_OFFLINE is set"
     return "no connection" if _status(error) is None and is_transient(error) else None
 
@@ -88,7 +88,7 @@ def in_one_line(task: str, token: str | bool | None = None) -> Iterator[None]:
     try:
         yield
     except (HfHubHTTPError, httpx.HTTPError, RuntimeError, OSError) as error:
-        cause = next((e for e in _chain(error) if isinstance(e, (HfHubHTTPError, httpx.HTTPError))), error)
+        cause = next((e for e in chain(error) if isinstance(e, (HfHubHTTPError, httpx.HTTPError))), error)
         status = _status(error)
         if isinstance(cause, OfflineModeIsEnabled):
             advice = "Unset HF_HUB_OFFLINE."
@@ -111,7 +111,8 @@ def one_line(error: BaseException) -> str:
     return " ".join((str(error) or type(error).__name__).split())
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, what caused it, what caused that, and so on."""
     current: BaseException | None = error
     seen: set[int] = set()
     while current is not None and id(current) not in seen:
@@ -122,7 +123,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status of the answer that caused an error."""
-    for e in _chain(error):
+    for e in chain(error):
         if isinstance(e, HfHubHTTPError) and getattr(e, "response", None) is not None:
             return e.response.status_code
     return None

@@ -179,7 +179,13 @@ def _evaluate(args: argparse.Namespace, say: Say) -> Any:
     if args.recipe is not None:
         recipe = load_recipe(args.recipe, overrides)
     else:
+        jobs.check_model_path(args.model)
         values = jobs.read_recipe_of(args.model)
+        if values is None and not Path(args.model).is_dir():
+            raise ValueError(
+                f"there is no directory {args.model}. If it is a model on the Hub, name the recipe that has its data "
+                "with --recipe: none lies beside it."
+            )
         if values is None:
             raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
         recipe = make_recipe(values, overrides)

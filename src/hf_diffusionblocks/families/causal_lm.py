@@ -60,6 +60,8 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
         torch.Size([1, 3, 100])
     """
 
+    scored_by = "likelihood.likelihood_bound or likelihood.language_model_likelihood"
+
     # -- the language model --------------------------------------------------------------------------------------
 
     def forward(  # type: ignore[override]  # tokens, as transformers' models

@@ -66,6 +66,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
     """
 
     config_class = BlockedDiTConfig
+    scored_by = "held_out_loss"
     main_input_name = "sample"
     _no_split_modules = [
         "BasicTransformerBlock",

@@ -73,6 +73,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
     """
 
     config_class = BlockedImageClassificationConfig
+    scored_by = "evaluation.score_classifier, or objectives.LabelPrediction().held_out for the loss of each block"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     handed_on = ("norm", "classifier")

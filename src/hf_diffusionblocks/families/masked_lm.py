@@ -44,6 +44,7 @@ class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
     """
 
     config_class = BlockedMaskedLMConfig
+    scored_by = "likelihood.masked_likelihood_bound"
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True

@@ -48,8 +48,6 @@ def family_for(base: str, family: str | None, **hub: Any) -> str:
         raise ValueError(f"{base} holds a {named[0]}, which is of no family that can be cut. {what_can_be_cut()}")
     if family is None or family == own:
         return own
-    if not values and not Path(base).is_dir():
-        raise ValueError(f"there is no directory {base}, and no model of that name could be read from the Hub.")
     if FAMILIES[family].bases_of != own:
         allowed = [own, *(name for name, kind in FAMILIES.items() if kind.bases_of == own)]
         raise ValueError(

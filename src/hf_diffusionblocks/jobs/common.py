@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from transformers import CONFIG_MAPPING
 
 from .. import serialization
@@ -18,12 +25,14 @@ from ..evaluation import format_figures
 from ..merging import merge_run
 from ..recipes.families import FAMILIES
 from ..report import write_report
+from ..retrying import chain, why_unreachable
 from ..run_names import RECIPE_NAME, UPDATES_NAME, find_jobs
 from ..streaming import stream_blocks
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
 
 Say = Callable[[str], None]
+_PIPELINE = ("model_index.json", "transformer/config.json", "unet/config.json")  # what a DiT's pipeline has instead
 
 
 def pick_device() -> torch.device:
@@ -108,6 +117,10 @@ def check_model_path(name: str) -> None:
             f"there is no directory {name}: give a saved model's directory, such as runs/digits-dit/model, or a Hub "
             "id, user/model."
         )
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("config.json", *_PIPELINE)):
+        below = Path(name) / "model"
+        hint = f"did you mean {below}?" if below.is_dir() else "give the directory that the model was saved in."
+        raise ValueError(f"{name} holds no model, there is no config.json in it: {hint}")
 
 
 def new_directory(path: str) -> Path:
@@ -139,15 +152,18 @@ def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
 def family_of(name_or_path: str, **hub: Any) -> str:
     """The family of a model, blocked or not, by its ``config.json``; ``dit`` if it is none of transformers'.
 
-    What cannot be read counts as ``dit``, whose loader says what is missing, and what names no architecture as a causal
-    language model.
+    A directory or repository without a readable ``config.json`` counts as ``dit``, because a pipeline has none at its
+    root; the loader says what is missing. What names no architecture counts as a causal language model.
 
     Raises:
-        ValueError: for a ``model_type`` that is none.
+        ValueError: for a ``model_type`` that is none, or a name of nothing.
+        OSError: if the Hub cannot be reached, so that nothing is known of the model.
     """
     try:
         values, _ = read_config(name_or_path, **hub)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if not Path(name_or_path).is_dir():
+            _check_answer(name_or_path, error, hub)
         return "dit"
     if "model_type" not in values:
         return "dit"
@@ -160,6 +176,26 @@ def family_of(name_or_path: str, **hub: Any) -> str:
         if any(name.endswith(kind.bases) for name in named if kind.bases):
             return family
     return "causal_lm"
+
+
+def _check_answer(name: str, error: Exception, hub: dict[str, Any]) -> None:
+    """Return if the Hub, or what is cached of it, holds something of a name, though no ``config.json`` at its root."""
+    causes = list(chain(error))
+    nowhere = f"there is no directory {name}, and "
+    if why_unreachable(error) or any(isinstance(e, LocalEntryNotFoundError) for e in causes):
+        place = {key: hub[key] for key in ("cache_dir", "revision") if key in hub}
+        if any(isinstance(try_to_load_from_cache(name, file, **place), str) for file in _PIPELINE):
+            return
+        if is_offline_mode():
+            raise ValueError(f"{nowhere}no model of that name is cached; HF_HUB_OFFLINE is set, unset it.") from error
+        raise OSError(f"{nowhere}the Hub cannot be reached to look for a model of that name.") from error
+    if any(isinstance(e, (RepositoryNotFoundError, HFValidationError)) for e in causes):
+        raise ValueError(
+            f"{nowhere}no model of that name on the Hub that you may read: check the name; for a private or gated one "
+            "log in with `hf auth login` or set HF_TOKEN."
+        ) from error
+    if any(isinstance(e, RevisionNotFoundError) for e in causes):
+        raise ValueError(f"{name} has no revision {hub.get('revision')!r} on the Hub.") from error
 
 
 def check_output(output: str | None) -> None:

@@ -24,6 +24,7 @@ Both leave auxiliary layers out: at inference there are none. Three estimators, 
     comes near that f; it may grow for a model that has not learned yet.
 """
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -136,8 +137,9 @@ def language_model_likelihood(
         characters_per_token: for bits per character; by default what the data set says.
 
     Raises:
-        ValueError: for tokens that the model does not know, or rows without a target.
+        ValueError: for a model that predicts no next token, tokens that it does not know, or rows without a target.
     """
+    _check_predicts_next(model)
     sums = RowSums()
     with evaluating(model):
         for batch in batches(dataset, batch_size, max_rows, model.device):
@@ -153,6 +155,17 @@ def language_model_likelihood(
     )
 
 
+def _check_predicts_next(model: PreTrainedModel) -> None:
+    """Raise a ``ValueError`` for a model whose logits are not those of the next token of ``input_ids``."""
+    if isinstance(model, BlockedForCausalLM):
+        return
+    name, instead = type(model).__name__, getattr(model, "scored_by", None)
+    other = name.endswith("ForMaskedLM") or getattr(model.config, "is_encoder_decoder", False)
+    if instead is not None or other or "input_ids" not in inspect.signature(model.forward).parameters:
+        call = f"call {instead}" if instead else "give a causal language model, blocked or of transformers"
+        raise ValueError(f"a {name} predicts no next token: {call}.")
+
+
 def checked_denoiser(model: BlockedForCausalLM, denoiser: str | None) -> str:
     """The denoiser whose likelihood is asked for.
 
@@ -160,10 +173,8 @@ def checked_denoiser(model: BlockedForCausalLM, denoiser: str | None) -> str:
         ValueError: if the model does not have it.
     """
     if not isinstance(model, BlockedForCausalLM):
-        raise ValueError(
-            f"a {type(model).__name__} has no denoising bound: give a BlockedForCausalLM, or call "
-            "language_model_likelihood."
-        )
+        instead = getattr(model, "scored_by", "language_model_likelihood for an ordinary causal language model")
+        raise ValueError(f"a {type(model).__name__} has no denoising bound of next tokens: call {instead}.")
     config = model.config
     if denoiser is None:
         whole = not config.two_stream and (config.context == "cascade" or config.num_blocks == 1)

@@ -53,7 +53,8 @@ def masked_likelihood_bound(
             not loaded.
     """
     if not isinstance(model, BlockedForMaskedLM):
-        raise ValueError(f"a {type(model).__name__} hides no tokens: give a BlockedForMaskedLM.")
+        instead = f"call {model.scored_by}" if hasattr(model, "scored_by") else "give a BlockedForMaskedLM"
+        raise ValueError(f"a {type(model).__name__} hides no tokens: {instead}.")
     check_draws(num_draws)
     generator, blocks = torch.Generator().manual_seed(seed), range(model.partition.num_blocks)
     sums = RowSums()

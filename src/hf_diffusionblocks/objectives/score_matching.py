@@ -155,7 +155,14 @@ def held_out_loss(
         max_samples: use the first so many images only.
         batch_size: images per forward pass.
         seed: of the noise.
+
+    Raises:
+        ValueError: for a model that does not denoise images, or a data set without any.
     """
+    if not hasattr(model, "conditioning"):
+        instead = getattr(model, "scored_by", None)
+        call = f"call {instead}" if instead else "cut one into a BlockedDiTModel"
+        raise ValueError(f"held_out_loss is of models that generate images, not of a {type(model).__name__}: {call}.")
     noise = model.partition.noise
     edges = list(model.partition.edges if edges is None else edges)
     count = min(len(dataset), max_samples or len(dataset))
@@ -170,6 +177,10 @@ def held_out_loss(
     for start in range(0, total, batch_size):
         rows = torch.arange(start, min(start + batch_size, total))
         batch = fetch(dataset, (rows % count).tolist())
+        if "pixel_values" not in batch:
+            raise ValueError(
+                f"a batch holds {sorted(batch)}; held_out_loss needs 'pixel_values': give a set of images."
+            )
         y, sigma = batch["pixel_values"].to(device, torch.float32), sigmas[rows].to(device)
         z = y + sigma[:, None, None, None] * torch.randn(y.shape, generator=generator).to(device)
         conditioning = {name: value.to(device) for name, value in model.conditioning(batch).items()}
