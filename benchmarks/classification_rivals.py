@@ -218,6 +218,10 @@ VIT_ARMS = {
     "ViT, DiffusionBlocks, the paper's": Arm(
         lambda study: _blocked_vit(study, preset="paper"), training={"gradient": "local"}
     ),
+    "ViT, DiffusionBlocks, the paper's, noise higher": Arm(
+        lambda study: _blocked_vit(study, preset="paper", noise={"p_mean": 1.0, "p_std": 1.0}),
+        training={"gradient": "local"},
+    ),
     "ViT, DiffusionBlocks, exact readout": Arm(
         lambda study: _blocked_vit(study, readout="exact", context="independent", auxiliary_layers=0),
         training={"gradient": "local"},

@@ -246,7 +246,7 @@ FAMILIES = {
 }
 
 
-def parametrize(metafunc: pytest.Metafunc) -> None:
+def parametrize(metafunc: pytest.Metafunc, families: Mapping[str, Family] = FAMILIES) -> None:
     """Run each test that takes a `family` for every one, and for each of its blocks if it takes a `block`.
 
     What cannot apply to a family is skipped with the reason.
@@ -254,7 +254,7 @@ def parametrize(metafunc: pytest.Metafunc) -> None:
     if "family" not in metafunc.fixturenames:
         return
     by_block, cases = "block" in metafunc.fixturenames, []
-    for name, family in FAMILIES.items():
+    for name, family in families.items():
         reason = family.not_applicable.get(metafunc.function.__name__)
         marks = [pytest.mark.skip(reason)] if reason else []
         for block in range(family.num_blocks) if by_block else (None,):

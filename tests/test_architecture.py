@@ -34,6 +34,7 @@ ORDER = [
     "configuration",
     "retrying",
     "run_names",
+    "versions",
     "serialization",
     "weight_headers",
     "loading_checks",
@@ -122,7 +123,7 @@ def test_samplers_and_metrics_do_not_import_the_trainer():
             assert "training" not in imported_tops(path)
 
 
-# What may be larger than the rest, each with its reason in docs/design.md, "How large things are". Nothing is.
+# What may be larger than the rest, each with its reason in docs/design-decisions.md. Nothing is.
 LONG_FILES: set[str] = set()
 LONG_FUNCTIONS: set[str] = set()
 
@@ -148,9 +149,18 @@ def test_functions_fit_a_screen():
     assert set(long) <= LONG_FUNCTIONS, long
 
 
+def design() -> str:
+    return (Path(__file__).parents[1] / "docs" / "design.md").read_text(encoding="utf-8")
+
+
+def test_the_design_is_a_page_and_has_the_order():
+    assert len(design().split()) < 1000
+    listed = design().split("## The order of modules")[1].split("\n\n")[2]
+    assert re.findall(r"`(\w+)`", listed) == ORDER
+
+
 def walked_names() -> list[str]:
-    page = Path(__file__).parents[1] / "docs" / "design.md"
-    walks = page.read_text(encoding="utf-8").split("## Three walks")[1].split("\n## ")[0]
+    walks = design().split("## Three walks")[1].split("\n## ")[0]
     return sorted({name for name in re.findall(r"`([a-z_]+(?:\.\w+)+)`", walks) if not name.endswith(".py")})
 
 

@@ -185,6 +185,7 @@ def test_the_config_survives_json_and_rebuilds_the_model(tmp_path, architecture,
 def test_defaults_are_the_cascade_and_the_paper_is_a_preset():
     config = BlockedForCausalLM.config_from(base_config())
     assert (config.readout, config.context, config.auxiliary_layers) == ("clean", "cascade", 1)
+    assert BlockedForCausalLM.config_from(base_config(), preset="default").to_dict() == config.to_dict()
     paper = BlockedForCausalLM.config_from(base_config(), preset="paper")
     assert (paper.readout, paper.context, paper.auxiliary_layers) == ("edm", "independent", 0)
     assert paper.overlap == 0.1 and paper.noise["p_std"] == 1.2

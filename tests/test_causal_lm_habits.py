@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_diffusionblocks import plan_memory
 from hf_diffusionblocks.families.causal_lm import BlockedForCausalLM
 from hf_diffusionblocks.generation import denoising_generate
 from hf_diffusionblocks.objectives.next_token import NextTokenPrediction
@@ -171,6 +172,25 @@ def test_a_resized_vocabulary_is_saved_and_loaded(tmp_path, architecture, size):
     part = BlockedForCausalLM.from_pretrained(tmp_path, blocks=[0])
     with pytest.raises(ValueError, match=r"blocks \[1, 2\] are not loaded, and their heads would keep"):
         part.resize_token_embeddings(size + 1)
+
+
+def test_blocks_of_the_papers_readout_hold_no_heads_which_its_loss_would_never_use(tmp_path):
+    base = base_lm()  # head and embeddings are two tensors
+    models = {r: BlockedForCausalLM.from_base(base, 3, readout=r, context="cascade").eval() for r in ("exact", "edm")}
+    head = base.lm_head.weight.numel()
+    counts = {r: sum(p.numel() for _, p in model.block_parameters(1)) for r, model in models.items()}
+    assert counts["edm"] == counts["exact"] - head + 1  # its logit_scale
+    held = {r: plan_memory(model, batch_size=2).worst("blocked").parameters for r, model in models.items()}
+    assert held["exact"] - held["edm"] == head - 1
+    model, ids = models["edm"], tokens()
+    assert model.get_output_embeddings() is None and torch.equal(model.language_head(), model.target_table())
+    model.save_pretrained(tmp_path)
+    loaded = BlockedForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.resize_token_embeddings(40) and loaded(ids).logits.shape[-1] == 40
+    for blocks in (1, 3):
+        with pytest.raises(ValueError, match="readout='edm' .*cannot be given back as one decoder"):
+            BlockedForCausalLM.from_base(base, blocks, readout="edm").to_base()
 
 
 def test_the_output_embeddings_are_the_head_that_gives_the_logits(model):

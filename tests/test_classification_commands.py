@@ -1,6 +1,7 @@
 """The commands on image classifiers, at a size of seconds."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,9 @@ def test_train_and_evaluate(settings, tmp_path, capsys):
         assert figures["negative_log_likelihood_by_draws"]["3"] != figures["negative_log_likelihood"]
     capsys.readouterr()
     model = str(tmp_path / "run" / "model")
-    assert main(["evaluate", model, "--output", str(tmp_path / "again.json")]) == 0
+    assert main(["evaluate", model, "evaluation.steps=[]", "--output", str(tmp_path / "again.json")]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
+    assert "accuracy_by_steps" not in again and "accuracy by steps" not in capsys.readouterr().out
     assert again["accuracy"] == figures["accuracy"]
     assert again["negative_log_likelihood"] == pytest.approx(figures["negative_log_likelihood"], rel=1e-5)
     card = (Path(model) / "README.md").read_text()
@@ -62,6 +64,22 @@ def test_train_and_evaluate(settings, tmp_path, capsys):
     assert len(answers) == 5 and {answer["label"] for answer in answers} <= set("0123456789")
     assert main(["sample", model]) == 2
     assert "is a classifier, which draws no samples" in capsys.readouterr().err
+
+
+def test_a_resumed_run_counts_what_it_made_and_keeps_known_figures(tmp_path, capsys):
+    run = tmp_path / "run"
+    card = run / "model" / "README.md"
+    assert train(run, "evaluation.held_out_samples=8") == 0
+    assert "trained 18 updates in" in capsys.readouterr().out
+    measured = card.read_text()
+    assert "| accuracy |" in measured
+    assert train(run, "evaluation.held_out_samples=8", "--no-report") == 0
+    said = capsys.readouterr().out
+    assert "nothing was left to train: all 18 updates had been made; model saved" in said
+    assert card.read_text() == measured
+    shutil.rmtree(run / "checkpoint-18")  # as if killed before its end
+    assert train(run, "evaluation.held_out_samples=8", "--no-report") == 0
+    assert "trained 9 of 18 updates in" in capsys.readouterr().out
 
 
 def test_jobs_of_one_block_each_make_the_model_of_one_process(tmp_path):
@@ -129,6 +147,7 @@ def test_baselines_of_equal_updates_and_of_equal_compute():
     ("options", "words"),
     [
         (["model.num_labels=9"], ["10 classes", "model.num_labels=10"]),
+        (["--match", "compute"], ["match=compute is for a baseline", "shallow"]),
         (["model.num_labls=9"], ["num_labls", "num_labels"]),
         (["model.image_size=16"], ["[batch, 1, 16, 16]"]),
         (["model.num_channels=3"], ["[batch, 3, 8, 8]"]),

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from hf_diffusionblocks.cli import build_parser, main
 from hf_diffusionblocks.data import ImageDataset
 from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.recipes.own_data import recipe_for
+from hf_diffusionblocks.units import human_bytes
 
 TINY_TEXT = ["model.hidden_size=16", "model.intermediate_size=32", "data.block_length=16", "data.max_test_samples=8"]
 FEW = ["training.max_steps=2", "training.warmup_steps=0", "training.per_device_train_batch_size=2"]
@@ -128,11 +131,22 @@ def test_without_a_recipe_the_error_says_what_to_name(capsys):
 
 def test_a_dry_run_writes_nothing(text_file, tmp_path, capsys):
     out = tmp_path / "run"
-    assert (
-        main(["train", "austen-llama", "--data", str(text_file), *TINY_TEXT, "--output-dir", str(out), "--dry-run"])
-        == 0
-    )
-    assert f"dry run: would train in {out}" in capsys.readouterr().out and not out.exists()
+    command = ["train", "austen-llama", "--data", str(text_file), *TINY_TEXT, "--output-dir", str(out), "--dry-run"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    assert f"dry run: would train in {out}" in shown and not out.exists()
+    lines = shown.splitlines()
+    assert len(lines) <= 24 and all(len(line) <= 80 for line in lines if str(tmp_path) not in line)  # a screen
+    words = re.search(r"beside it: diffusionblocks (plan .*)", shown).group(1)
+    assert shlex.split(words) == ["plan", "austen-llama", "--data", str(text_file), *TINY_TEXT]
+    assert main([*command, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    whole = result["plan"]
+    assert result["output_dir"] == str(out)
+    assert whole["alternatives"] and whole["compute"] and whole["advice"]
+    for row in whole["rows"]:  # the figures of the summary are those of the table
+        if row["method"] in ("end to end", "blocked, all blocks in one process, checkpointing"):
+            assert f"{human_bytes(row['total'])} ({row['ratio']:.2f})" in shown
 
 
 def test_quiet_prints_nothing_wherever_it_stands(capsys):

@@ -142,3 +142,18 @@ def test_a_real_ctrl_c_ends_training_with_a_checkpoint_and_130(tmp_path):
 def test_bytes_and_times_for_people():
     assert [human_bytes(n) for n in (0, 999, 1024, 5 * 2**30)] == ["0 B", "999 B", "1 KiB", "5 GiB"]
     assert [human_seconds(s) for s in (0.04, 59.4, 60, 3600, 90_061)] == ["0.0 s", "59 s", "1 min", "1 h", "1 d 1 h"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["digits-vit", "--block", "7"], "block 7 does not exist"),
+        (["digits-dit", "--lower", "x"], "--lower x is for a cascade"),
+        (["digits-vit", "--block", "1"], "have not been trained"),
+        (["digits-vit", "--block", "1", "--lower", "./nowhere"], "--lower ./nowhere does not give block 0"),
+    ],
+)
+def test_a_dry_run_refuses_the_blocks_that_training_refuses(options, words, tmp_path, capsys):
+    assert main(["train", *options, "--dry-run", "--output-dir", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert words in said.err and said.out == "" and not list(tmp_path.iterdir())

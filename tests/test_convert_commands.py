@@ -163,6 +163,16 @@ def test_settings_that_are_none_end_in_one_line(words, said, bases, tmp_path, ca
     assert said in capsys.readouterr().err.strip().split("\n")[-1]
 
 
+def test_the_ways_that_a_missing_mask_token_is_told_to_be_named_work(bases, tmp_path, capsys):
+    options = ["--num-blocks", 2, "--output-dir", tmp_path / "out", "--dry-run"]
+    assert convert(bases / "bert", *options) == 2
+    told = capsys.readouterr().err
+    assert "from_base(..., mask_token_id=4)" in told and "blocks.mask_token_id=4" in told
+    assert "`diffusionblocks convert ... mask_token_id=4`" in told
+    assert convert(bases / "bert", *options, "mask_token_id=4") == 0
+    assert BlockedForMaskedLM.from_base(str(bases / "bert"), 2, mask_token_id=4).config.mask_token_id == 4
+
+
 def test_bad_input_in_python_is_refused_by_name(bases):
     transformers.logging.set_verbosity_error()
     vit = BlockedForImageClassification.from_base(str(bases / "vit"), num_blocks=2).eval()

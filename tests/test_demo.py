@@ -17,9 +17,8 @@ from hf_diffusionblocks import BlockedDiTPipeline
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.demo import denoising_steps, make_app, write_space
 from hf_diffusionblocks.demo.app import block_strip, describe, launch_app, sheet
+from needed import needed
 from tiny import tiny_dit, tiny_vae
-
-WITHOUT_GRADIO = "Gradio is not installed: pip install 'hf-diffusionblocks[demo]'"
 
 
 def quiet(pipe: BlockedDiTPipeline) -> BlockedDiTPipeline:
@@ -146,7 +145,7 @@ def test_without_gradio_the_steps_work_and_the_page_says_what_to_install(pipe, t
 
 
 def test_a_spaces_files_are_what_the_hub_reads(tmp_path):
-    gradio = pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
+    gradio = needed("gradio")
     app, requirements, readme = write_space("user/digits-dit", tmp_path / "space", title='Digits: "blocks"')
     assert sorted(p.name for p in (tmp_path / "space").iterdir()) == ["README.md", "app.py", "requirements.txt"]
     _, front, body = readme.read_text().split("---\n", 2)
@@ -166,7 +165,7 @@ def test_a_spaces_files_are_what_the_hub_reads(tmp_path):
 
 
 def test_a_spaces_app_makes_the_page(pipe, tmp_path, monkeypatch):
-    pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
+    needed("gradio")
     app, *_ = write_space("user/digits-dit", tmp_path / "space")
     monkeypatch.setattr(BlockedDiTPipeline, "from_pretrained", lambda name: pipe if name == "user/digits-dit" else None)
     namespace = {"__name__": "app"}
@@ -177,7 +176,7 @@ def test_a_spaces_app_makes_the_page(pipe, tmp_path, monkeypatch):
 @pytest.fixture
 def page(pipe, monkeypatch):
     """The served page's address."""
-    pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
+    needed("gradio")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     app = make_app(pipe, "Digits at work", [f"digit {i}" for i in range(10)], max_steps=20)
     _, url = launch_app(app, prevent_thread_lock=True)
@@ -186,9 +185,7 @@ def page(pipe, monkeypatch):
 
 
 def test_a_visitor_sees_every_step_and_the_pipelines_images(page, pipe, tmp_path):
-    client = pytest.importorskip("gradio_client", reason=WITHOUT_GRADIO).Client(
-        page, verbose=False, download_files=tmp_path
-    )
+    client = needed("gradio_client").Client(page, verbose=False, download_files=tmp_path)
     job = client.submit([3, 7], 5, 1.0, 4, "euler", api_name="/sample")
     job.result(timeout=60)
     shown = job.outputs()
@@ -218,7 +215,7 @@ def test_the_page_is_this_machines_alone(page):
 
 
 def test_a_browser_samples_and_asks_nobody_else(page):
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    sync_api = needed("playwright.sync_api")
     chromium = shutil.which("chromium")
     if chromium is None or not Path(chromium).exists():
         pytest.skip("there is no browser: apt-get install chromium")
@@ -235,6 +232,6 @@ def test_a_browser_samples_and_asks_nobody_else(page):
 
 
 def test_class_names_must_be_of_all_classes(pipe):
-    pytest.importorskip("gradio", reason=WITHOUT_GRADIO)
+    needed("gradio")
     with pytest.raises(ValueError, match="class_names has 2 names for 10 classes"):
         make_app(pipe, class_names=["a", "b"])

@@ -12,6 +12,7 @@ import pytest
 
 from hf_diffusionblocks.cli import parse
 from hf_diffusionblocks.recipes import load_recipe, recipe_names
+from needed import needed
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "docs").rglob("*.md"))
@@ -29,7 +30,7 @@ def commands(page: str) -> list[str]:
 
 
 def test_the_site_builds_without_a_warning_and_asks_nobody_else(tmp_path):
-    pytest.importorskip("zensical", reason="zensical is not installed: pip install -e '.[dev]'")
+    needed("zensical")
     for name in ("docs", "src"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "zensical.toml", tmp_path)
@@ -53,7 +54,7 @@ def test_lines_of_prose_fit_a_screen(page):
 
 
 def test_a_broken_link_would_be_found(tmp_path):
-    pytest.importorskip("zensical", reason="zensical is not installed: pip install -e '.[dev]'")
+    needed("zensical")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# A page\n\n[nowhere](nowhere.md)\n")
     (tmp_path / "zensical.toml").write_text('[project]\nsite_name = "x"\n')
@@ -84,4 +85,22 @@ def test_commands_parse(command):
     args = parse(shlex.split(command)[1:])
     if getattr(args, "recipe", None):
         assert args.recipe in recipe_names()
-        load_recipe(args.recipe, args.overrides)
+        if not args.imports:  # a family of the reader's own is known where its module is
+            load_recipe(args.recipe, args.overrides)
+
+
+def test_runs_of_the_pages_do_not_collide():
+    """Two commands that train differently in one directory would end with "belongs to another run"."""
+    pages = [p for p in WRITTEN if p.startswith("docs/how-to")]
+    found: dict[str, set[tuple]] = {}
+    for command in (c for p in ["README.md", *pages] for c in commands(p) if c.startswith("diffusionblocks train ")):
+        args = parse(shlex.split(command)[1:])
+        if args.dry_run:
+            continue
+        named = args.recipe or Path(args.data).stem
+        target = args.output_dir or f"runs/{named}-{args.method}-{args.match}".removesuffix("-None-None")
+        about = {s for s in args.overrides if not s.startswith("license=")}
+        found.setdefault(target, set()).add(
+            (args.recipe, args.data, args.method, tuple(args.block or ()), *sorted(about))
+        )
+    assert {target: runs for target, runs in found.items() if len(runs) > 1} == {} and len(found) > 15

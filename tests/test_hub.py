@@ -1,8 +1,20 @@
 """The model card parses, and says what the config and the figures say."""
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
 from huggingface_hub import ModelCard
 
+from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.hub import model_card, write_model_card
+from hf_diffusionblocks.hub.card_texts import intended_use
+from hf_diffusionblocks.recipes import load_recipe
+from hf_diffusionblocks.recipes.families import FAMILIES
+from hf_diffusionblocks.training import run_record
+from hf_diffusionblocks.training.run_record import hardware, read_record, record_run
 from tiny import tiny_dit
 from tiny_text import blocked_lm
 
@@ -43,3 +55,86 @@ def test_card_of_a_language_model_says_how_its_blocks_were_trained():
     independent = model_card(blocked_lm(preset="paper"), title="tiny", usage="pass", base_model="user/base")
     assert "user/base cut into 3 blocks" in str(independent) and "its own range of noise levels" in str(independent)
     assert independent.data.base_model == "user/base"
+
+
+MADE = {
+    "command": "`diffusionblocks train digits-dit`",
+    "hardware": "AMD EPYC, 2 cores, 1 thread",
+    "date": "2026-11-27",
+}
+
+
+def test_a_card_says_how_it_was_made_and_leaves_out_what_says_nothing_of_the_model():
+    figures = {"class_agreement": 0.5, "sampling_seconds": 2.5, "training_seconds": 125.0, "updates_per_block": {0: 5}}
+    figures |= {
+        "held_out_loss": 0.25,
+        "held_out_loss_standard_error": 0.01,
+        "kernel_distance_x_std": 0.1,
+        "error": None,
+    }
+    model = tiny_dit(num_blocks=3)
+    card = model_card(model, title="tiny", usage="pass", figures=figures, made=MADE, license="apache-2.0")
+    text = str(card)
+    made = text.split("## Made with")[1].split("## Figures")[0]
+    for row in (*(f"| {name} | {value} |" for name, value in MADE.items()), "| training time | 2 min 5 s |"):
+        assert row in made
+    assert "| license | apache-2.0 |" in made and card.data.license == "apache-2.0"
+    shown = text.split("## Figures")[1]
+    assert "class agreement | 0.5" in shown and "held out loss standard error | 0.01" in shown
+    assert not any(word in shown for word in ("seconds", "updates per block", "None"))
+    assert [r.metric_type for r in card.data.eval_results] == ["class_agreement", "held_out_loss"]
+    plain = model_card(model, title="tiny", usage="pass")
+    assert plain.data.license is None and "license" not in str(plain) and "Not recorded." in str(plain)
+
+
+@pytest.mark.parametrize("kind", [kind.model_class for kind in FAMILIES.values()], ids=list(FAMILIES))
+def test_every_family_has_two_sentences_on_use_and_limits(kind):
+    assert (
+        intended_use(SimpleNamespace(config=SimpleNamespace(model_type=kind.config_class.model_type))).count(". ") == 1
+    )
+
+
+@pytest.mark.filterwarnings("ignore:the covariance of 20 samples")
+def test_the_card_of_a_run_is_made_anew_from_its_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = ["training.max_steps=1", "evaluation.num_samples=20", "evaluation.classifier_epochs=1", "model.num_layers=3"]
+    few += ["evaluation.num_draws=1", "model.attention_head_dim=4", "sampling.num_inference_steps=2"]
+    assert main(["train", "digits-dit", *few, "license=mit", "--output-dir", "run", "--method", "end_to_end"]) == 0
+    written = Path("run/model/README.md").read_text()
+    assert f"| command | `diffusionblocks train digits-dit {' '.join(few)} license=mit method=end_to_end` |" in written
+    assert f"| hardware | {hardware(torch.device('cpu'))} |" in written and "| license | mit |" in written
+    Path("run/model/README.md").unlink()
+    assert main(["card", "run", "--json"]) == 0
+    assert Path("run/model/README.md").read_text() == written
+    recipe = json.loads(Path("run/recipe.json").read_text())
+    Path("run/recipe.json").write_text(json.dumps(recipe | {"license": None}))
+    assert main(["card", "run", "--output", "a.md"]) == 0
+    assert Path("a.md").read_text() == written.replace("license: mit\n", "").replace("| license | mit |\n", "")
+    capsys.readouterr()
+    for words, said in (
+        (["card", "nowhere"], "nowhere holds no finished run"),
+        (["card", "run", "--output", "a"], ".md"),
+    ):
+        assert main(words) == 2
+        assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"license=3 must be the Hub's identifier of a licence"):
+        load_recipe("digits-dit", ["license=3"])
+
+
+def test_a_run_that_went_on_elsewhere_names_both_machines(tmp_path, monkeypatch):
+    job = tmp_path / "blocks-01"
+    job.mkdir()
+    monkeypatch.setattr(run_record, "_processor", lambda: "one")
+    record_run(tmp_path, torch.device("cpu"), "diffusionblocks train x")
+    record_run(tmp_path, torch.device("cpu"), None, resumed=True)
+    monkeypatch.setattr(run_record, "_processor", lambda: "two")
+    record_run(tmp_path, torch.device("cpu"), None, resumed=True)
+    record_run(job, torch.device("cpu"), "diffusionblocks train x --block 1")
+    made = read_record(tmp_path)
+    assert made["command"] == "`diffusionblocks train x`, `diffusionblocks train x --block 1`"
+    assert [words.split(",")[0] for words in made["hardware"].split("; ")] == ["one", "two"]
+    assert f"torch {torch.__version__}" in made["versions"]
+    record_run(tmp_path, torch.device("cpu"), "anew")  # nothing of the run before it
+    assert read_record(tmp_path)["command"].startswith("`anew`") and "one" not in read_record(tmp_path)["hardware"]
+    (tmp_path / "run.json").write_text("[")
+    assert read_record(tmp_path)["command"] == "`diffusionblocks train x --block 1`"

@@ -13,6 +13,8 @@ from transformers import (
     AutoConfig,
     AutoModelForImageClassification,
     ConvNextConfig,
+    DeiTForImageClassification,
+    DeiTForImageClassificationWithTeacher,
     TrainerCallback,
     ViTConfig,
     pipeline,
@@ -33,7 +35,7 @@ from hf_diffusionblocks.evaluation import predict
 from hf_diffusionblocks.noise import equal_probability_grid
 from hf_diffusionblocks.objectives import ExactLabelPrediction, LabelPrediction, default_objective
 from tiny import NUM_CLASSES, TinyImages
-from tiny_vit import ARCHITECTURES, POSITIONS, WIDTH, base_vit, blocked_vit, images, new_vit, vit_config
+from tiny_vit import EACH_ARCHITECTURE, POSITIONS, WIDTH, base_vit, blocked_vit, images, new_vit, vit_config
 
 READOUTS = ["clean", "exact", "edm"]
 LABELS = torch.tensor([0, 3, 9, 3])
@@ -46,7 +48,7 @@ def batch_of(count: int = 4) -> dict[str, Tensor]:
 # -- conversion --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_a_converted_cascade_gives_the_logits_of_its_base_and_gives_it_back(architecture):
     base = base_vit(architecture)
     model = BlockedForImageClassification.from_base(base, 3).eval()
@@ -61,7 +63,7 @@ def test_a_converted_cascade_gives_the_logits_of_its_base_and_gives_it_back(arch
     assert model.start(x).shape[1] == model.config.num_positions == POSITIONS[architecture]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@EACH_ARCHITECTURE
 def test_modulation_that_is_zero_leaves_a_layer_as_it_is(architecture):
     model = BlockedForImageClassification.from_base(base_vit(architecture), 2, readout="edm").eval()
     module = model.block(0)
@@ -113,10 +115,38 @@ def test_what_cannot_be_cut():
             model.to_base()
 
 
+def test_a_distilled_deit_says_how_its_one_head_is_cut_and_that_works():
+    model = DeiTForImageClassificationWithTeacher(AutoConfig.for_model(**vit_config("deit")))
+    with pytest.raises(ValueError, match="the mean of two heads") as error:
+        BlockedForImageClassification.from_base(model, 3)
+    lines = str(error.value).split("as a DeiTForImageClassification: ")[1].rstrip(".")
+    found: dict = {"model": model, "DeiTForImageClassification": DeiTForImageClassification}
+    exec(lines, found)
+    x = images()
+    expected = model.cls_classifier(model.deit(x).last_hidden_state[:, 0])
+    cut = BlockedForImageClassification.from_base(found["base"].eval(), 3)
+    torch.testing.assert_close(cut(x).logits, expected)
+
+
+def test_a_dinov2_of_an_old_transformers_names_the_version_that_it_needs(monkeypatch):
+    """transformers 5.17 has no ``o_proj`` there; taken away, the error is the one of that version."""
+    from transformers.models.dinov2 import modeling_dinov2
+
+    class Old(modeling_dinov2.Dinov2Attention):
+        def __init__(self, config):
+            super().__init__(config)
+            self._modules.pop("o_proj", None)
+
+    monkeypatch.setattr(modeling_dinov2, "Dinov2Attention", Old)
+    with pytest.raises(ValueError, match="'dinov2' model in a way that cannot be cut: .* transformers 5.18 or newer"):
+        new_vit(2, architecture="dinov2")
+
+
 def test_the_papers_setting_is_one_preset():
     config = new_vit(3, preset="paper").config
     assert (config.readout, config.context, config.auxiliary_layers) == ("edm", "independent", 0)
     assert (config.overlap, config.num_inference_steps, config.layers_per_block) == (0.05, 4, [2, 2, 2])
+    assert new_vit(3, preset="default").config.to_dict() == new_vit(3).config.to_dict()
     assert new_vit(3, preset="paper", num_inference_steps=8).config.num_inference_steps == 8
     assert new_vit(3, readout="exact").config.num_inference_steps == 1
 
@@ -405,6 +435,35 @@ def test_the_loss_of_labels_is_the_cross_entropy():
     assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
 
 
+def test_rows_without_a_label_are_left_out_of_the_loss():
+    model, labels = blocked_vit(), torch.tensor([0, -100, 9, -100])
+    output = model(images(), labels=labels)
+    torch.testing.assert_close(output.loss, F.cross_entropy(output.logits[[0, 2]], labels[[0, 2]]))
+
+
+@EACH_ARCHITECTURE
+def test_hidden_states_and_images_of_another_size_are_the_bases(architecture):
+    base = base_vit(architecture)
+    model = BlockedForImageClassification.from_base(base, 3).eval()
+    x = torch.rand(2, 1, 12, 16) * 2 - 1
+    asked = {"interpolate_pos_encoding": True} if architecture in ("vit", "deit") else {}
+    for pixels, size in ((images(), {}), (x, {"interpolate_pos_encoding": True})):
+        expected = base(pixels, output_hidden_states=True, **(asked if size else {}))
+        output = model(pixels, output_hidden_states=True, **size)
+        assert torch.equal(output.logits, expected.logits) and len(output.hidden_states) == 7
+        torch.testing.assert_close(output.hidden_states, expected.hidden_states, rtol=0, atol=0)
+    assert model(images()).hidden_states is None
+    states, tail = model(images(), output_hidden_states=True, return_dict=False)[1], model.block(2)
+    torch.testing.assert_close(tail.classifier(tail.features(states[-1])), model(images()).logits, rtol=0, atol=0)
+
+
+def test_independent_blocks_give_the_states_of_their_own_layers():
+    model = blocked_vit(context="independent")
+    states = model(images(), block=1, output_hidden_states=True).hidden_states
+    assert len(states) == 3 and torch.equal(states[0], model.start(images(), 1))
+    assert torch.equal(states[-1], model.clean_block(states[0], 1))
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------
 
 
@@ -438,6 +497,25 @@ def test_images_that_do_not_fit(pixels, message):
 def test_labels_that_do_not_fit(labels, message):
     with pytest.raises(ValueError, match=message):
         new_vit(2)(torch.zeros(2, 1, 8, 8), labels=labels)
+
+
+def test_what_transformers_classifiers_take_and_blocked_ones_do_not():
+    clean, noisy, x = blocked_vit(), blocked_vit(preset="paper"), images()
+    with pytest.raises(ValueError, match="pixel_values is missing: give images"):
+        clean(labels=LABELS)
+    with pytest.raises(ValueError, match="output_hidden_states=True: a walk over noise levels.*readout='clean'"):
+        noisy(x, output_hidden_states=True)
+    with pytest.raises(ValueError, match="output_attentions: .*to_base"):
+        clean(x, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask: every patch"):
+        clean(x, attention_mask=torch.ones(4, 17))
+    with pytest.raises(TypeError, match="keyword 'pixel_value'.*pixel_values"):
+        clean(x, pixel_value=x)
+    assert clean(x, output_attentions=False, attention_mask=None, num_items_in_batch=4).logits.shape == (4, 10)
+    with pytest.raises(ValueError, match="images of 9 x 8 with interpolate_pos_encoding=True.*patch size, 2 x 2"):
+        clean(torch.zeros(1, 1, 9, 8), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match=r"shape \[1, 2, 12, 8\]; this model takes \[batch, 1, 12, 8\]"):
+        clean(torch.zeros(1, 2, 12, 8), interpolate_pos_encoding=True)
 
 
 def test_settings_of_a_prediction_that_do_not_fit():

@@ -98,6 +98,11 @@ def test_sample_fills_gaps_and_goes_on(run_dir, capsys):
         texts.append(capsys.readouterr().out.rstrip("\n"))
     assert all(text.startswith("gamma ") and " delta" in text for text in texts)
     assert texts[0] == texts[1] != texts[2]
+    narrow = ["--prompt", "gamma <mask:5> delta", "--max-new-tokens", "6", "--steps", "1"]
+    for extra in (["--top-k", "1"], ["--temperature", "0"]):
+        assert main(["sample", str(run_dir / "model"), *narrow, "--seed", "1", *extra]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[-1] == texts[-2]
 
 
 def test_evaluate_gives_the_figures_of_the_run_again(run_dir, tmp_path, capsys):
@@ -146,9 +151,9 @@ def test_the_papers_recipe_has_the_papers_settings():
     [
         (["sample", "{run}", "--prompt", "alpha", "--max-new-tokens", "0"], "has no gap: write <mask:12>"),
         (["sample", "{run}", "--prompt", "<mask:99>"], "more than the model's 64 positions"),
-        (["sample", "{run}", "--order", "left"], "'left'"),
+        (["sample", "{run}", "--order", "left"], "sample: unknown sampling.order 'left': Allowed"),
         (["sample", "{run}", "--denoise"], "--denoise has no meaning"),
-        (["sample", "{run}", "--top-k", "3"], "--top-k has no meaning"),
+        (["sample", "{run}", "--top-k", "0"], "top_k=0 must be a whole number of at least 1"),
         (["sample", "{run}", "--steps", "0"], "steps=0"),
         (["evaluate", "{run}", "--recipe", "pydoc-llama"], "is for family 'causal_lm'"),
         (["convert", "{run}", "--output-dir", "{new}"], "has been cut into blocks already"),

@@ -96,6 +96,17 @@ def test_no_temperature_and_a_narrow_nucleus_take_the_likeliest_token():
     assert torch.equal(greedy, model.denoise(ids).argmax(-1))
     assert torch.equal(greedy, unmask(model, ids, steps=1, top_p=1e-6))
     assert torch.equal(greedy, unmask(model, ids, steps=1, temperature=1e-3))
+    assert torch.equal(greedy, unmask(model, ids, steps=1, top_k=1))
+
+
+def test_top_k_draws_from_so_many_of_the_likeliest_tokens_and_from_all_of_them():
+    model, ids = blocked_mlm(), hidden_rows((0.5,))
+    likeliest = model.denoise(ids)[0].topk(3).indices
+    drawn = [unmask(model, ids, steps=1, temperature=5.0, top_k=3, generator=seeded(i))[0] for i in range(60)]
+    for place in (ids[0] == MASK).nonzero()[:, 0].tolist():
+        assert {int(tokens[place]) for tokens in drawn} == set(likeliest[place].tolist())
+    narrow = unmask(model, ids, steps=1, temperature=5.0, top_k=3, top_p=1e-6, generator=seeded())
+    assert torch.equal(narrow, unmask(model, ids, steps=1, temperature=0))
 
 
 @torch.no_grad()
@@ -136,6 +147,9 @@ def test_mask_rates_fall_from_one_to_nothing_by_the_schedule():
         ({"temperature": -1.0}, "temperature=-1.0"),
         ({"temperature": float("nan")}, "temperature=nan"),
         ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_k": 0}, "top_k=0 must be a whole number of at least 1, or None"),
+        ({"top_k": 2.5}, "top_k=2.5"),
+        ({"top_k": True}, "top_k=True"),
         ({"length": 65}, "64 positions"),
         ({"length": 0}, "length=0"),
         ({"batch_size": 0}, "batch_size=0"),

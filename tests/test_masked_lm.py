@@ -281,6 +281,7 @@ def test_input_that_does_not_fit_is_named():
                 "every token of the batch is the mask",
             ),
             (lambda: model.check_batch({"labels": ids}), "needs 'input_ids'"),
+            (lambda: model(ids, labels=ids[:, :2]), "as input_ids. Each is of the token in its own place"),
         ):
             with pytest.raises(ValueError, match=message):
                 call()

@@ -15,6 +15,10 @@ HEADLINES = {
     "digits-dit": ("class_agreement", 0.9, 1.0),
     "digits-vit": ("accuracy", 0.9, 1.0),
     "pydoc-llama": ("bits_per_character", 1.0, 2.5),
+    "fashion-mnist-dit": ("class_agreement", 0.5, 1.0),
+    "fashion-mnist-vit": ("accuracy", 0.85, 0.92),
+    "pydoc-md4": ("bound_bits_per_character", 1.0, 4.0),
+    "pydoc-recurrent": ("bits_per_character", 1.0, 3.0),
 }
 
 
@@ -31,11 +35,23 @@ def test_a_card_parses_and_has_what_the_library_writes(path):
     card = ModelCard.load(path)
     assert card.data.to_dict()["library_name"] and card.data.tags and card.data.license is None
     text = path.read_text(encoding="utf-8")
-    for heading in ("## Blocks", "## How to load", "## Training"):
+    for heading in ("## Blocks", "## Intended use and limits", "## How to load", "## Training", "## Made with"):
         assert heading in text
     assert "from_pretrained" in text and "/tmp/" not in text
     (row,) = [line for line in text.splitlines() if line.startswith("all ")]
     assert int(row.split()[1].replace(",", "")) > 0
+
+
+@pytest.mark.parametrize("path", CARDS, ids=card_id)
+def test_a_card_says_how_it_was_made_and_nothing_that_is_of_no_use(path):
+    text = path.read_text(encoding="utf-8")
+    made = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \|$", text.split("## Made with")[1].split("## ")[0], re.MULTILINE))
+    assert made["command"] == f"`diffusionblocks train {path.stem}`" and made["hardware"] and made["training time"]
+    assert re.fullmatch(r"20\d\d-\d\d-\d\d", made["date"])
+    for package in ("hf-diffusionblocks", "torch", "transformers", "diffusers"):
+        assert re.search(rf"\b{package} \d", made["versions"]), package
+    shown = text.split("## Figures")[1]
+    assert "seconds" not in shown and "updates per block" not in shown and "None" not in shown
 
 
 @pytest.mark.parametrize("path", CARDS, ids=card_id)

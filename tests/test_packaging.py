@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from needed import needed
+
 ROOT = Path(__file__).parents[1]
 SRC = ROOT / "src" / "hf_diffusionblocks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -184,3 +186,21 @@ def demo(diffusionblocks, away: Path) -> None:
     scores = diffusionblocks("evaluate", "runs/digits-dit/model", "--recipe", "digits-dit", *quick_scores, "--json")
     assert json.loads(scores)
     assert "127.0.0.1" in diffusionblocks("watch", "--help")
+
+
+@pytest.mark.parametrize(("ci", "ruff"), [("1", None), ("", True), ("", None)], ids=["CI", "linter", "elsewhere"])
+def test_a_tool_that_is_missing_fails_where_the_development_environment_is(ci, ruff, monkeypatch):
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.setitem(sys.modules, "zensical", None)  # cannot be imported
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: ruff if name == "ruff" else None)
+    kind = pytest.fail.Exception if ci or ruff else pytest.skip.Exception
+    with pytest.raises(kind, match=r"zensical cannot be imported .*pip install -c constraints.txt"):
+        needed("zensical")
+    assert needed("json").dumps([]) == "[]"
+
+
+def test_the_extra_dev_has_what_tests_need():
+    dev = {re.split(r"[>=\[]", requirement)[0].lower() for requirement in EXTRAS["dev"]}
+    asked = {m for p in Path(__file__).parent.rglob("*.py") for m in re.findall(r'needed\("(\w+)', p.read_text())}
+    assert {"gradio", "mypy", "playwright"} <= asked
+    assert asked - {"json", "gradio_client"} <= dev  # Gradio brings its client

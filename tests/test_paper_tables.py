@@ -160,6 +160,8 @@ def test_the_list_names_all_tables_and_so_does_no_value(capsys):
         (["--table", "vlt"], ["vlt", "'vit'", "1 to 8", "not of the paper"]),
         (["--table", "9"], ["'9'", "1 to 8"]),
         (["--table", "0"], ["'0'"]),
+        (["--table", "list2"], ["did you mean 'list'?"]),
+        (["--table", "1", "--seed", "0"], ["--table 1", "--seed"]),
         (["runs/digits-dit/model", "--table", "1"], ["--table 1", "leave out the model"]),
         (["--table", "1", "evaluation.rows=1"], ["--table 1", "leave out"]),
         ([], ["name a model", "--table"]),

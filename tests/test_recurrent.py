@@ -396,6 +396,29 @@ def test_the_recipe_trains_samples_and_evaluates(tmp_path, capsys):
     assert (unrolled.readout, unrolled.mean_recurrences, len(unrolled.core)) == ("clean", 32, 2)
 
 
+def test_the_unrolled_baseline_says_what_it_ran_and_steps_are_recurrences(tmp_path, capsys, monkeypatch):
+    run, words = tmp_path / "run", words_file(tmp_path)
+    short = [s for s in TEXT_RECIPE if "num_hidden_layers" not in s and "max_steps" not in s and "prompts" not in s]
+    command = [
+        "train",
+        "pydoc-recurrent",
+        *short,
+        f"data.name={words}",
+        "blocks.mean_recurrences=3",
+        "sampling.prompts=[a]",
+    ]
+    assert main([*command, "training.max_steps=1", "--method", "end_to_end", "--output-dir", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "3 recurrences per token)" in said and "noise grid" not in said
+    ran = []
+    run_core = RecurrentBlock.run_core
+    monkeypatch.setattr(RecurrentBlock, "run_core", lambda *args: (ran.append(1), run_core(*args))[1])
+    for options, recurrences in (([], 3), (["--denoise", "--steps", "5"], 5)):
+        ran.clear()
+        assert main(["sample", str(run / "model"), "--prompt", "a", "--max-new-tokens", "1", *options]) == 0
+        assert len(ran) == recurrences
+
+
 def test_the_papers_setting_stands_in_its_recipe():
     recipe = load_recipe("lm1b-huginn")
     config = recipe.config()

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,13 +17,26 @@ import pytest
 from transformers import TrainerCallback
 
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.likelihood import likelihood_bound
+from hf_diffusionblocks.likelihood.shares import has_bound
 from hf_diffusionblocks.report import RunReader, RunServer, write_report
 from hf_diffusionblocks.report.charts import log_ticks, loss_chart, thinned, ticks
-from hf_diffusionblocks.report.page import SECTIONS, TEMPLATES, format_duration, percent_in_tens
+from hf_diffusionblocks.report.page import (
+    SECTIONS,
+    TEMPLATES,
+    format_duration,
+    percent_in_tens,
+    sections,
+    served_at,
+)
+from hf_diffusionblocks.report.shares import chosen_shares
 from hf_diffusionblocks.training import run_status
 from hf_diffusionblocks.training.run_files import overwrite_run
 from report_runs import NASTY, make_run, row, serving, write_status
 from runs import make_trainer
+from tiny import tiny_dit
+from tiny_masked import blocked_mlm
+from tiny_text import TokenRows, new_lm
 
 
 class Elements(HTMLParser):
@@ -109,6 +123,57 @@ def test_shares_prefer_the_bound_and_fall_back_on_the_last_evaluation(tmp_path):
     assert RunReader(tmp_path).read().shares[1:] == ("held-out loss after iteration 5", False, [0.5, 0.25])
     run = RunReader(make_run(tmp_path / "run")).read()
     assert run.shares == ("Share of the likelihood by block", "bound bits per character", True, [1.0, 3.0])
+
+
+def trained_text(run: Path, model, **settings):
+    """A trainer of a language model after a run that it evaluated twice."""
+    held_out = TokenRows(6, seed=1)
+    trainer = make_trainer(
+        run, model, dataset=TokenRows(), eval_dataset=held_out, max_steps=2, eval_steps=3, **settings
+    )
+    trainer.train()
+    return trainer, held_out
+
+
+def test_an_evaluation_measures_the_share_of_each_block_in_the_likelihood(tmp_path):
+    trainer, held_out = trained_text(tmp_path, blocked_mlm("llama"), train_shared="all")
+    run = RunReader(tmp_path).read()
+    assert run.shared_out and run.shares.whole and run.shares.title == "Share of the likelihood by block"
+    assert run.shares.unit == "bound on the negative log-likelihood, nats per token, after iteration 6"
+    last = json.loads((tmp_path / "evaluations.jsonl").read_text().splitlines()[-1])
+    assert sum(run.shares.values) == pytest.approx(last["eval_loss"], rel=1e-12)  # the masked objective is the bound
+    assert [share * 3 for share in run.shares.values] == pytest.approx([last[f"eval_loss/block_{b}"] for b in range(3)])
+
+
+@pytest.mark.parametrize("settings", [{"readout": "exact"}, {"context": "independent"}], ids=["exact", "independent"])
+def test_of_a_causal_model_the_shares_are_those_of_its_bound(tmp_path, settings):
+    trainer, held_out = trained_text(tmp_path, new_lm(**settings), seed=5)
+    with trainer.averaged_weights():
+        bound = likelihood_bound(trainer.model, held_out, num_draws=1, seed=5)
+    assert RunReader(tmp_path).read().shares.values == pytest.approx(list(bound.nats_per_block), rel=1e-6)
+
+
+def test_where_the_likelihood_is_not_shared_out_the_losses_stand(tmp_path):
+    trained_text(tmp_path, new_lm(readout="clean", context="cascade"))
+    run = RunReader(tmp_path).read()
+    assert not run.shared_out and run.shares.title == "Held-out loss by block"
+    assert "likelihood_share" not in (tmp_path / "evaluations.jsonl").read_text()
+    assert has_bound(tiny_dit(3).config) is False
+
+
+def test_before_they_are_measured_the_page_says_so(tmp_path):
+    write_status(tmp_path, likelihood_shares=True, updated=time.time())
+    run = RunReader(tmp_path).read()
+    assert run.shares is None and "Not yet measured" in sections(run, served_at, True)["shares"]
+    write_status(tmp_path, likelihood_shares=True, state="finished")
+    assert "Not measured: the run had no evaluation" in sections(RunReader(tmp_path).read(), served_at, True)["shares"]
+    write_status(tmp_path, likelihood_shares=False)
+    assert sections(RunReader(tmp_path).read(), served_at, True)["shares"] == ""
+    figures = {"local_bits_per_character_per_block": [9.0, 8.0]}
+    row = {"iteration": 5, "likelihood_share/block_0": 0.5, "likelihood_share/block_1": -0.25, "eval_loss/block_0": 1}
+    (tmp_path / "evaluations.jsonl").write_text(json.dumps(row) + "\n")
+    assert chosen_shares(figures, tmp_path / "evaluations.jsonl").values == [0.5, -0.25]
+    assert chosen_shares(figures, tmp_path / "none").values == [9.0, 8.0]
 
 
 # -- charts and words --------------------------------------------------------------------------------------------

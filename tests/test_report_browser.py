@@ -1,5 +1,6 @@
 """The live page and the report in a real browser (Debian's chromium, driven by Playwright)."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from transformers import TrainerCallback
 
 from hf_diffusionblocks.report import write_report
 from hf_diffusionblocks.training import run_status
+from needed import needed
 from report_runs import NASTY, make_run, row, serving, write_status
 from runs import make_trainer
+from tiny_masked import blocked_mlm
+from tiny_text import TokenRows
 
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
 PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 800}
@@ -19,7 +23,7 @@ PHONE, DESKTOP = {"width": 360, "height": 740}, {"width": 1280, "height": 800}
 
 @pytest.fixture(scope="module")
 def browser():
-    sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
+    sync_api = needed("playwright.sync_api")
     if not Path(CHROMIUM).exists():
         pytest.skip("there is no browser: apt-get install chromium")
     with sync_api.sync_playwright() as playwright:
@@ -96,6 +100,33 @@ def test_the_page_follows_a_run_from_before_its_beginning_to_after_its_end(open_
     page.evaluate("void refresh()")  # the watch command has ended, the page is still open
     until(page, "document.getElementById('announcement').textContent.includes('has ended')")
     assert page.locator("#blocks tbody tr").count() == 3
+
+
+def test_the_share_of_each_block_in_the_likelihood_comes_when_it_is_measured(open_page, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_status, "_SECONDS_BETWEEN", 0.0)
+    run = tmp_path / "run"
+    with serving(run) as server:
+        page = open_page(server.url)
+        seen = []
+
+        class Look(TrainerCallback):
+            def on_log(self, args, state, control, **kwargs):
+                if state.global_step == 3:
+                    until(page, "document.getElementById('shares').textContent.includes('Not yet measured')")
+                    seen.append(text(page, "#shares h2"))
+
+        data = {"dataset": TokenRows(), "eval_dataset": TokenRows(6, seed=1)}
+        settings = {"max_steps": 2, "logging_steps": 3, "train_shared": "all"}
+        make_trainer(run, blocked_mlm(), callbacks=[Look()], **data, **settings).train()
+        assert seen == ["Share of the likelihood by block"]
+        until(page, "document.querySelectorAll('#shares tbody tr').length === 3")
+        assert "nats per token, after iteration 6" in text(page, "#shares caption")
+        live = text(page, "#shares table")
+        assert page.get_by_role("columnheader", name="Share").count() == 1
+    parts = [float(share) for share in re.findall(r"(\S+) %", live)]
+    assert len(parts) == 3 and abs(sum(parts) - 100) < 0.2
+    page = open_page(write_report(run).as_uri(), PHONE)
+    assert text(page, "#shares table") == live and width(page) == PHONE["width"]
 
 
 def test_nothing_a_run_holds_runs_or_widens_the_page(open_page, tmp_path):

@@ -82,7 +82,7 @@ def test_the_saved_directory_is_one_for_transformers(run_dir):
 def test_train_prints_memory_figures_a_sample_and_lines_that_run(run_dir, command, capsys):
     assert main([*command, "--output-dir", str(run_dir)]) == 0
     text = capsys.readouterr().out
-    assert "going on with" in text and "end to end, checkpointing" in text and "sample (temperature 0.8" in text
+    assert "going on with" in text and "end to end, all layers at once" in text and "sample (temperature 0.8" in text
     assert "shared by all blocks: embed_tokens.weight" in text and "auxiliary layers" in text
     lines = [line.strip() for line in text.split("load it:\n")[1].splitlines()[:3]]
     exec("\n".join(lines), {})  # what a reader would paste

@@ -226,6 +226,32 @@ def test_a_pipeline_with_one_block_gives_the_images_of_its_base(name):
     assert not torch.allclose(sample(pipe, name), expected)  # the images are the blocked model's
 
 
+def test_one_prompt_serves_several_images_in_every_block_of_flux():
+    model = BlockedDiTModel.from_base(base_of(FLUX), layers_per_block=[4, 2])
+    assert not len(model.block(1).transformer_blocks)  # single-stream layers alone
+    pipe = pipeline_of(model.as_transformer(), FLUX)
+    given = prompts(FLUX, 1)
+    text, pooled = given["encoder_hidden_states"], given["pooled_projections"]
+    pipe.set_progress_bar_config(disable=True)
+    how: dict[str, Any] = {"height": 16, "width": 16, "num_inference_steps": 2, "output_type": "pt"}
+    one = pipe(
+        prompt_embeds=text,
+        pooled_prompt_embeds=pooled,
+        num_images_per_prompt=2,
+        generator=torch.Generator().manual_seed(0),
+        **how,
+    ).images
+    each = {"prompt_embeds": text.expand(2, -1, -1), "pooled_prompt_embeds": pooled.expand(2, -1)}
+    torch.testing.assert_close(one, pipe(**each, generator=torch.Generator().manual_seed(0), **how).images)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_blocks_are_given_back_through_as_transformer(name):
+    with pytest.raises(ValueError, match=f"as one {name}: .*as_transformer") as refused:
+        tiny_prompted(name, num_blocks=2).to_base()
+    assert "DiT:" not in str(refused.value) and "BlockedDiTPipeline" not in str(refused.value)
+
+
 def test_a_pipeline_of_streamed_blocks_gives_the_same_images(tmp_path):
     pipe = pipeline_of(base_of(FLUX), FLUX)
     model = BlockedDiTModel.from_base(pipe, num_blocks=3)

@@ -1,20 +1,17 @@
 """The type check passes, and finds what is wrong."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from needed import needed
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("mypy") is None, reason="mypy is not installed: pip install -e '.[dev]'"
-)
 
 
 def mypy(*arguments: str) -> subprocess.CompletedProcess:
+    needed("mypy")
     command = [sys.executable, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), *arguments]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"MYPYPATH": str(ROOT / "src")}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -3,7 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import AutoConfig
@@ -28,6 +31,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "dinov2": {"model_type": "dinov2", "mlp_ratio": 2, "use_swiglu_ffn": True},
     "dinov2_with_registers": {"model_type": "dinov2_with_registers", "mlp_ratio": 2, "num_register_tokens": 4},
 }
+# DINOv2 needs layers as transformers builds them since 5.18; for older ones there is an error that says so.
+_OLD = Version(transformers.__version__) < Version("5.18")
+_NEEDS_NEW = pytest.mark.skipif(_OLD, reason=f"DINOv2 needs transformers 5.18; this is {transformers.__version__}")
+EACH_ARCHITECTURE = pytest.mark.parametrize(
+    "architecture", [pytest.param(name, marks=_NEEDS_NEW if "dino" in name else ()) for name in ARCHITECTURES]
+)
 
 
 def vit_config(architecture: str = "vit", num_layers: int = 6, **settings: Any) -> dict[str, Any]:

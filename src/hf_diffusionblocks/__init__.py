@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .partition import BlockPartition
     from .pipelines import BlockedDiTPipeline
+    from .recipes.registration import register_family
     from .training import DiffusionBlocksTrainer, DiffusionBlocksTrainingArguments
 
 __version__ = "0.1.0"
@@ -57,6 +58,7 @@ _MODULES = {
     "held_out_loss": "objectives",
     "merge_blocks": "merging",
     "plan_memory": "memory",
+    "register_family": "recipes.registration",
     "unmask": "masked_generation",
 }
 
@@ -84,6 +86,7 @@ __all__ = [
     "held_out_loss",
     "merge_blocks",
     "plan_memory",
+    "register_family",
     "unmask",
 ]
 

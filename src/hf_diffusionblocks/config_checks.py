@@ -180,6 +180,8 @@ def check_model_type(value: Any, place: Any, allowed: Collection[str]) -> None:
         names = "a type that transformers knows, such as 'llama' or 'blocked_dit'"
         near = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
     hint = f" Did you mean {near[0]!r}?" if near else ""
+    if isinstance(value, str) and value.startswith("blocked_"):
+        hint += " A family of your own is known where its module was imported (on the command line --import MODULE)."
     raise ValueError(f"{place} has model_type={_short(value)}, which must be {names}.{hint}")
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from .families.masked_lm import BlockedForMaskedLM
 from .losses import linear_logits
@@ -40,6 +40,7 @@ class UnmaskingConfig:
         order: ``random`` or ``confidence``.
         temperature: of the tokens' distributions; 0 takes the likeliest token.
         top_p: keep the likeliest tokens that hold so much probability.
+        top_k: keep so many of the likeliest tokens, before ``top_p`` is applied; None keeps all.
 
     Raises:
         ValueError: for a value that is not allowed.
@@ -49,6 +50,7 @@ class UnmaskingConfig:
     order: str = "random"
     temperature: float | int = 1.0
     top_p: float | int = 1.0
+    top_k: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
@@ -62,6 +64,11 @@ class UnmaskingConfig:
             raise ValueError(f"temperature={self.temperature!r} must be finite and at least 0, which is greedy.")
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, numbers) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r} must lie in (0, 1]; 1 leaves all tokens in.")
+        whole = isinstance(self.top_k, int) and not isinstance(self.top_k, bool)
+        if self.top_k is not None and not (whole and self.top_k >= 1):
+            raise ValueError(
+                f"top_k={self.top_k!r} must be a whole number of at least 1, or None, which leaves all tokens in."
+            )
 
     def rates(self, schedule: MaskSchedule) -> Float[Tensor, "levels"]:
         """Mask rates from 1 to 0 at even steps of t, ``steps + 1`` of them, float64."""
@@ -86,6 +93,7 @@ def unmask(
     generator: torch.Generator | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     progress: bool = False,
+    top_k: int | None = None,
 ) -> Int[Tensor, "batch tokens"]:
     """Reveal hidden tokens: write a text, or fill gaps in one.
 
@@ -102,6 +110,7 @@ def unmask(
         generator: a CPU generator of everything random; by default torch's own.
         callback: called as ``callback(step, tokens)`` after each step.
         progress: show a progress bar.
+        top_k: draw from so many of the likeliest tokens; with ``top_p`` too, from those of them that it keeps.
 
     Returns:
         The tokens; no mask token is left but at padding.
@@ -117,7 +126,7 @@ def unmask(
         >>> tokens[0, 0].item(), tokens[0, 3].item(), bool((tokens == 99).any())
         (1, 4, False)
     """
-    settings = UnmaskingConfig(steps, order, temperature, top_p)
+    settings = UnmaskingConfig(steps, order, temperature, top_p, top_k)
     ids = _start(model, input_ids, length, batch_size)
     model.check_tokens(ids, attention_mask)
     hidden = ids == model.config.mask_token_id
@@ -201,6 +210,8 @@ def _sample(
     scores = log_p
     if settings.temperature != 1:
         scores = TemperatureLogitsWarper(float(settings.temperature))(None, scores)
+    if settings.top_k is not None:
+        scores = TopKLogitsWarper(settings.top_k)(None, scores)
     if settings.top_p < 1:
         scores = TopPLogitsWarper(float(settings.top_p))(None, scores)
     u = torch.rand(scores.shape, generator=generator, dtype=torch.float64, device="cpu").clamp_min(1e-300)

@@ -1,6 +1,6 @@
 """What all blocked models have in common: blocks, routing, preconditioning, and files by block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,6 +112,21 @@ class BlockedPreTrainedModel(BlockFiles, StreamedBlocks, PushedBlocks, PreTraine
 
     def check_input(self, z: Tensor, **conditioning: Any) -> None:
         """Raise a ``ValueError`` for inputs that do not fit the model. Families override it."""
+
+    @classmethod
+    def config_from(
+        cls, base_config: Mapping[str, Any], num_blocks: int | None = None, **settings: Any
+    ) -> DiffusionBlocksConfig:
+        """The config of a blocked model from the base's config and fields of ``config_class``.
+
+        Args:
+            base_config: of the network that is cut.
+            num_blocks: B, default 3.
+            **settings: fields of the config.
+        """
+        if num_blocks is None:
+            num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
+        return cls.config_class(base_config=dict(base_config), num_blocks=num_blocks, **settings)
 
     # -- blocks --------------------------------------------------------------------------------------------------
 

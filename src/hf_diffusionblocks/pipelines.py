@@ -11,9 +11,13 @@ from diffusers import AutoencoderKL, DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from transformers import CONFIG_MAPPING, MODEL_MAPPING
 
 from . import serialization
+from .auto_classes import CONFIGS
+from .configuration import read_config
 from .families.dit import BlockedDiTModel
+from .modeling import BlockedPreTrainedModel
 from .sampling import StepEnd, guided, make_grid, make_solver, sample_with_scheduler
 from .suggest import unknown_name
 
@@ -33,11 +37,24 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
     return vae.decode(z).sample
 
 
+def _model_class(name: str | os.PathLike, hub: dict[str, Any]) -> type[BlockedPreTrainedModel]:
+    """The class of a saved model of images: of a blocked DiT, or of a family that a user has registered."""
+    try:
+        kind = read_config(name, **hub)[0].get("model_type")
+    except (OSError, ValueError):
+        return BlockedDiTModel  # which says what is missing or broken
+    if kind in CONFIGS or kind not in CONFIG_MAPPING:
+        return BlockedDiTModel
+    found = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None)
+    return found if isinstance(found, type) and issubclass(found, BlockedPreTrainedModel) else BlockedDiTModel
+
+
 class BlockedDiTPipeline(DiffusionPipeline):
-    """Samples images from a blocked DiT (arXiv 2506.14202, section 4.2).
+    """Samples images from a blocked DiT (arXiv 2506.14202, section 4.2), or a model that is asked as one is.
 
     Args:
-        model: the blocked DiT.
+        model: the blocked DiT; or one of a family of your own whose config has ``num_classes``, ``in_channels`` and
+            ``sample_size``, and whose ``denoise`` takes ``class_labels``, the last one more for no class.
         scheduler: a diffusers scheduler (EDM-style, sigma-based, DDIM or DDPM); None for the built-in solvers.
         vae: decoder of latents; None for models of pixels.
 
@@ -51,7 +68,7 @@ class BlockedDiTPipeline(DiffusionPipeline):
     _optional_components = ["scheduler", "vae"]
     _callback_tensor_inputs = ["latents", "noisy", "denoised"]
 
-    def __init__(self, model: BlockedDiTModel, scheduler: Any = None, vae: AutoencoderKL | None = None):
+    def __init__(self, model: BlockedPreTrainedModel, scheduler: Any = None, vae: AutoencoderKL | None = None):
         super().__init__()
         if not model.config.num_classes:
             raise ValueError(
@@ -233,7 +250,8 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
     def save_index(self, save_directory: str | os.PathLike) -> None:
         """Write ``model_index.json`` alone, into the directory of a saved model."""
-        index: dict[str, Any] = {"_class_name": type(self).__name__, "model": ["hf_diffusionblocks", "BlockedDiTModel"]}
+        library = type(self.model).__module__.split(".")[0]
+        index: dict[str, Any] = {"_class_name": type(self).__name__, "model": [library, type(self.model).__name__]}
         for name in ("scheduler", "vae"):
             if getattr(self, name) is not None:
                 index[name] = ["diffusers", type(getattr(self, name)).__name__]
@@ -256,9 +274,12 @@ class BlockedDiTPipeline(DiffusionPipeline):
 
         components: dict[str, Any] = {name: kwargs.pop(name) for name in ("scheduler", "vae") if name in kwargs}
         model = kwargs.pop("model", None)
+        hub: dict[str, Any] = {
+            k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs
+        }
         if model is None:
-            model = BlockedDiTModel.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only") if k in kwargs}
+            kind = _model_class(pretrained_model_name_or_path, hub)
+            model = kind.from_pretrained(pretrained_model_name_or_path, **kwargs)
         path = cached_file(
             str(pretrained_model_name_or_path), _MODEL_INDEX, _raise_exceptions_for_missing_entries=False, **hub
         )

@@ -4,9 +4,11 @@ from pathlib import Path
 
 UPDATES_NAME = "updates.jsonl"  # a line per update: block, update, loss, ...
 EVALUATIONS_NAME = "evaluations.jsonl"  # a line per held-out evaluation
+LOSS_NAME, SHARE_NAME = "eval_loss", "likelihood_share"  # in such a line; of a block with /block_0 behind
 STATUS_NAME = "status.json"  # how far the run is, and where its blocks are
 REPORT_NAME = "report.html"
 RECIPE_NAME = "recipe.json"
+RECORD_NAME = "run.json"  # where, when and by which command it was trained
 MODEL_DIR = "model"
 SAMPLES_DIR = "samples"
 FIGURES_DIR = "figures"

@@ -112,3 +112,23 @@ def test_bad_settings_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             make()
+
+
+@pytest.mark.parametrize("make", [partial(badam, switch=2), partial(lisa, switch=2, active=1)])
+def test_step_alone_does_what_start_and_step_do(make):
+    ends = []
+    for counted in (True, False):
+        torch.manual_seed(0)
+        model, x = network(3), torch.randn(8, 3)
+        method = make(parameters(model), adam)
+        before = [p.clone() for p in model.parameters()]
+        for update in range(6):
+            if counted:
+                method.start(update)
+            method.zero_grad()
+            model(x).square().mean().backward()
+            method.step()
+        assert any(not torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+        assert all(p.grad is None for p in model.parameters())
+        ends.append(list(model.parameters()))
+    torch.testing.assert_close(*ends, rtol=0, atol=0)

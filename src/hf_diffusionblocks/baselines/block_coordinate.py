@@ -28,8 +28,9 @@ MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 class BlockCoordinate:
     """Which parameters train now, and the optimizers that hold their moments.
 
-    Use ``badam`` or ``lisa``. ``start(update)`` before the forward pass of each update freezes what is not
-    active; ``step()`` after the backward pass updates what is, and drops the gradients.
+    Use ``badam`` or ``lisa``. ``step()`` after the backward pass updates what is active, drops the gradients and goes
+    on to the next visit when that is due: a loop of backward passes and ``step()`` is all that is needed. A loop that
+    counts updates itself calls ``start(update)`` before each forward pass, which says when other blocks become active.
 
     Args:
         blocks: the parameters of each block.
@@ -64,6 +65,8 @@ class BlockCoordinate:
         self.lasting = make_optimizer(self.always) if self.always else None
         self.optimizer: torch.optim.Optimizer | None = None
         self.active: tuple[int, ...] = ()
+        self.update = 0
+        self._counted_outside = False
 
     @property
     def optimizers(self) -> list[torch.optim.Optimizer]:
@@ -81,17 +84,23 @@ class BlockCoordinate:
         Returns:
             Whether other blocks are active now.
         """
+        self._counted_outside = True
+        return self._go_on(update)
+
+    def _go_on(self, update: int) -> bool:
         if self.optimizer is not None and update % self.switch:
             return False
         self.activate(next(self.visits))
         return True
 
     def activate(self, blocks: Sequence[int]) -> None:
-        """Freeze all blocks but these, and give these an optimizer with no moments yet."""
+        """Freeze all blocks but these, which get an optimizer with no moments yet; drop the gradients of the others."""
         self.active = tuple(blocks)
         for b, parameters in enumerate(self.blocks):
             for p in parameters:
                 p.requires_grad_(b in self.active)
+                if b not in self.active:
+                    p.grad = None
         self.optimizer = self.make_optimizer([p for b in self.active for p in self.blocks[b]])
 
     def set_learning_rate(self, lr: float) -> None:
@@ -101,10 +110,20 @@ class BlockCoordinate:
                 group["lr"] = lr
 
     def step(self) -> None:
-        """Update what is active."""
+        """Update what is active, and drop the gradients; then go on to the next visit if nobody calls ``start``."""
+        if self.optimizer is None:  # the first backward pass gave gradients to all
+            self._go_on(self.update)
         for one in self.optimizers:
             one.step()
-            one.zero_grad(set_to_none=True)
+        self.zero_grad()
+        if not self._counted_outside:
+            self.update += 1
+            self._go_on(self.update)
+
+    def zero_grad(self) -> None:
+        """Drop all gradients, as ``step`` does by itself."""
+        for p in (p for block in [*self.blocks, self.always] for p in block):
+            p.grad = None
 
 
 def badam(

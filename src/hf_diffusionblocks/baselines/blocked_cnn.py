@@ -23,13 +23,13 @@ from ..partition import BlockPartition
 from ..preconditioning import EDMPreconditioning
 from ..sampling import make_grid, sample_euler
 from ..suggest import unknown_name
-from .local_training import Images, Labels, LocalClassifier, LocalLoss
-from .noprop_network import CNNConfig, DenoisingCNN, LabelEmbedding, standard_normal
+from .local_training import Images, Labels, LocalLoss
+from .noprop_network import CNNClassifier, CNNConfig, DenoisingCNN, LabelEmbedding, standard_normal
 
 LOSSES = ("edm", "cross_entropy")
 
 
-class BlockedCNN(LocalClassifier):
+class BlockedCNN(CNNClassifier):
     """B denoisers of label embeddings.
 
     Args:
@@ -51,7 +51,7 @@ class BlockedCNN(LocalClassifier):
         num_steps: int = 4,
         sigma_data: float | None = None,
     ):
-        super().__init__()
+        super().__init__(config)
         if config.embedding != "one_hot":
             raise ValueError(
                 f"embedding={config.embedding!r}: blocks that share a learned table are not independent; use 'one_hot'."

@@ -24,6 +24,7 @@ from ..recipes import Recipe, make_recipe
 
 _STRETCHED = ("max_steps", "num_train_epochs", "warmup_steps")
 # A baseline is one ordinary model: nothing below it, every parameter trained.
+_OF_THE_WALK = ("mode", "steps", "grid", "bridge")  # of ``sampling``: an ordinary language model is decoded from f
 _OF_BLOCKS = ("blocks", "order", "hand_over", "lower_outputs", "train_shared", "block_order", "hidden_weight")
 
 
@@ -64,6 +65,8 @@ def baseline_recipe(
         kept = {k: v for k, v in values["blocks"].items() if k in recipe.kind.kept}
         values["blocks"] = {**kept, "num_blocks": 1, **plain}
         values["training"] = {k: v for k, v in values["training"].items() if k not in _OF_BLOCKS}
+        if not recipe.kind.hides_tokens:  # a masked model's steps are its own
+            values["sampling"] = {k: v for k, v in values["sampling"].items() if k not in _OF_THE_WALK}
     else:
         dropped = ("edges", "layers_per_block", "partition")
         values["blocks"] = {k: v for k, v in values["blocks"].items() if k not in dropped} | {"num_blocks": 1}

@@ -34,9 +34,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from transformers import ViTConfig, ViTModel
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
 
 from ..suggest import unknown_name
+from .local_checks import ImageShape, check_kind
 from .local_training import Images, Labels, LocalClassifier, LocalLoss
 
 OBJECTIVES = ("goodness", "contrastive")
@@ -72,6 +73,12 @@ def normalised(hidden: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batc
     return hidden / (hidden.square().mean(-1, keepdim=True) + 1e-8).sqrt()
 
 
+def _shape_of(config: ViTConfig, num_classes: int) -> ImageShape:
+    side = config.image_size
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    return ImageShape(num_classes, config.num_channels, height, width)
+
+
 class ForwardForwardViT(LocalClassifier):
     """A vision transformer of transformers' layers, trained layer by layer; see the module's docstring.
 
@@ -85,7 +92,8 @@ class ForwardForwardViT(LocalClassifier):
         temperature: tau of the contrastive loss.
 
     Raises:
-        ValueError: for an unknown objective, fewer than two classes or a temperature or scale that is not positive.
+        ValueError: for a config of another kind or without layers, an unknown objective, fewer than two classes or a
+            temperature or scale that is not positive.
     """
 
     def __init__(
@@ -98,6 +106,11 @@ class ForwardForwardViT(LocalClassifier):
         temperature: float = 0.1,
     ):
         super().__init__()
+        check_kind("config", config, ViTConfig)
+        if config.num_hidden_layers < 1:
+            raise ValueError(
+                f"num_hidden_layers={config.num_hidden_layers} leaves nothing to train: give at least one layer."
+            )
         if objective not in OBJECTIVES:
             raise ValueError(unknown_name("objective", objective, OBJECTIVES))
         if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
@@ -105,7 +118,7 @@ class ForwardForwardViT(LocalClassifier):
         for name, value in (("scale", scale), ("temperature", temperature)):
             if not value > 0:
                 raise ValueError(f"{name}={value!r} must be positive.")
-        self.num_classes, self.objective = num_classes, objective
+        self.config, self.num_classes, self.objective = config, num_classes, objective
         self.threshold, self.scale, self.temperature = threshold, scale, temperature
         vit = ViTModel(config, add_pooling_layer=False)
         self.embeddings, self.layers = vit.embeddings, vit.layers
@@ -118,6 +131,9 @@ class ForwardForwardViT(LocalClassifier):
         labels = [] if self.label_embedding is None else [self.label_embedding]
         first = [self.embeddings, *labels, self.layers[0]]
         return [first, *([layer] for layer in self.layers[1:])]
+
+    def takes(self) -> ImageShape:
+        return _shape_of(self.config, self.num_classes)
 
     def resident(self, part: int) -> Sequence[nn.Module]:
         """A layer's input comes from all layers below, which run without gradients."""
@@ -177,11 +193,18 @@ class BackpropViT(LocalClassifier):
 
     Args:
         model: such a model.
+
+    Raises:
+        ValueError: for a model of another kind.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
+        check_kind("model", model, ViTForImageClassification)
         self.model = model
+
+    def takes(self) -> ImageShape:
+        return _shape_of(self.model.config, self.model.config.num_labels)
 
     def parts(self) -> Sequence[Sequence[nn.Module]]:
         return [[self.model]]

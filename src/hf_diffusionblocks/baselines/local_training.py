@@ -20,10 +20,12 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from ..families.image_checks import labels_of_dataset
 from ..memory_counting import MemoryUse, SavedTensors, held_bytes, state_of
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from ..training.data_stream import SampleOrder, derive_seed
 from ..training.optimizers import make_optimizer, plain_tensors
+from .local_checks import ImageShape, check_samples, check_settings
 
 Images = Float[Tensor, "batch channels height width"]
 Labels = Int64[Tensor, "batch"]
@@ -52,6 +54,10 @@ class LocalClassifier(nn.Module, ABC):
     def predict(self, images: Images, generator: torch.Generator) -> Labels:
         """The class of each image, without gradients. ``generator`` as in ``losses``."""
 
+    def takes(self) -> ImageShape | None:
+        """What it takes, for a trainer to check the data by; None leaves them unchecked."""
+        return None
+
     def resident(self, part: int) -> Sequence[nn.Module]:
         """What a job that trains one part alone must hold: the part, unless it needs others to run."""
         return self.parts()[part]
@@ -74,18 +80,20 @@ class LocalTrainer:
             ``ImageDataset`` does.
 
     Raises:
-        ValueError: for settings that mean nothing here.
+        ValueError: for a model that is none, settings that mean nothing here, and samples that do not fit the model.
     """
 
     def __init__(self, model: LocalClassifier, args: DiffusionBlocksTrainingArguments, train_dataset: Any):
-        for name, meaningless in (("gradient_release", True), ("mixed_precision", "bf16")):
-            if getattr(args, name) == meaningless:
-                raise ValueError(f"{name}={meaningless!r} is not for local classifiers: leave it at its default.")
-        if args.gradient_accumulation_steps != 1:
+        if not isinstance(model, LocalClassifier):
             raise ValueError(
-                f"gradient_accumulation_steps={args.gradient_accumulation_steps} is not for local classifiers, whose "
-                "gradients are used at once: set it to 1 and give a larger per_device_train_batch_size."
+                f"a {type(model).__name__} is no LocalClassifier: give one of baselines.noprop, forward_forward or "
+                "blocked_cnn, or derive one that names its parts and their losses."
             )
+        check_settings(args)
+        if not len(train_dataset):
+            raise ValueError("train_dataset is empty: give at least one sample.")
+        if (takes := model.takes()) is not None:
+            check_samples(takes, train_dataset[[0]]["pixel_values"], labels_of_dataset(train_dataset))
         self.model, self.args, self.dataset = model, args, train_dataset
         self.num_updates = args.updates_per_block(len(train_dataset), 1)
         self.order = SampleOrder(len(train_dataset), args.seed, 0)
@@ -108,6 +116,8 @@ class LocalTrainer:
         size = self.args.per_device_train_batch_size
         batch = self.dataset[self.order.indices(update * size, size)]
         generator = torch.Generator().manual_seed(derive_seed(self.args.seed, "rival", update))
+        if (takes := self.model.takes()) is not None:
+            check_samples(takes, batch["pixel_values"], batch["class_labels"])
         device = next(self.model.parameters()).device
         return batch["pixel_values"].to(device), batch["class_labels"].to(device), generator
 

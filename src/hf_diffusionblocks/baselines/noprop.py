@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from .local_training import Images, Labels, LocalClassifier, LocalLoss
-from .noprop_network import CNNConfig, DenoisingCNN, LabelEmbedding, standard_normal
+from .local_training import Images, Labels, LocalLoss
+from .noprop_network import CNNClassifier, CNNConfig, DenoisingCNN, LabelEmbedding, standard_normal
 from .noprop_schedules import (
     LearnedSchedule,
     cosine_alpha_bar,
@@ -32,7 +32,7 @@ from .noprop_schedules import (
 )
 
 
-class NoPropDT(LocalClassifier):
+class NoPropDT(CNNClassifier):
     r"""NoProp in discrete time (arXiv 2503.24322, Eq. 8).
 
     .. math:: L = E[-\log p(y | z_T)] + KL(q(z_0|y) \| N(0, I))
@@ -48,7 +48,7 @@ class NoPropDT(LocalClassifier):
     """
 
     def __init__(self, config: CNNConfig, num_blocks: int = 10, eta: float | int = 0.1):
-        super().__init__()
+        super().__init__(config)
         self.eta = _positive("eta", eta)
         self.register_buffer("alpha_bar", cosine_alpha_bar(num_blocks), persistent=False)
         self.blocks = nn.ModuleList(DenoisingCNN(config) for _ in range(num_blocks))
@@ -99,7 +99,7 @@ class BackpropCNN(NoPropDT):
         yield 0, F.cross_entropy(self.run(images, generator), labels)
 
 
-class NoPropCT(LocalClassifier):
+class NoPropCT(CNNClassifier):
     r"""NoProp in continuous time (arXiv 2503.24322, Eq. 9), t uniform in [0, 1].
 
     .. math:: L = E[-\log p(y | z_1)] + KL(q(z_0|y) \| N(0, I))
@@ -115,7 +115,7 @@ class NoPropCT(LocalClassifier):
     """
 
     def __init__(self, config: CNNConfig, num_steps: int = 1000, eta: float | int = 1.0):
-        super().__init__()
+        super().__init__(config)
         self.num_steps, self.eta = _steps(num_steps), _positive("eta", eta)
         self.network = DenoisingCNN(config, timed=True)
         self.schedule = LearnedSchedule()
@@ -148,7 +148,7 @@ class NoPropCT(LocalClassifier):
         return self.classifier(z).argmax(-1)
 
 
-class NoPropFM(LocalClassifier):
+class NoPropFM(CNNClassifier):
     r"""NoProp by flow matching (arXiv 2503.24322, section on flow matching; Lipman et al., arXiv 2210.02747).
 
     With z_0 ~ N(0, I), z_1 = u_y and z_t = t z_1 + (1 - t) z_0, t uniform in [0, 1]:
@@ -165,7 +165,7 @@ class NoPropFM(LocalClassifier):
     """
 
     def __init__(self, config: CNNConfig, num_steps: int = 1000):
-        super().__init__()
+        super().__init__(config)
         self.num_steps = _steps(num_steps)
         self.network = DenoisingCNN(config, out=config.dim, timed=True)
         self.embedding = LabelEmbedding(config)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..conditioning import NoiseEmbedding
 from ..suggest import unknown_name
+from .local_checks import ImageShape, check_kind
+from .local_training import LocalClassifier
 
 EMBEDDINGS = ("one_hot", "learned")
 
@@ -150,6 +152,26 @@ class DenoisingCNN(nn.Module):
     ) -> Float[Tensor, "batch out"]:
         """Both: [batch, out]."""
         return self.head(self.encode(images), z, time)
+
+
+class CNNClassifier(LocalClassifier):
+    """A classifier of ``DenoisingCNN`` blocks.
+
+    Args:
+        config: shape of the network.
+
+    Raises:
+        ValueError: for a config of another kind.
+    """
+
+    def __init__(self, config: CNNConfig):
+        super().__init__()
+        check_kind("config", config, CNNConfig)
+        self.config = config
+
+    def takes(self) -> ImageShape:
+        config = self.config
+        return ImageShape(config.num_classes, config.channels, config.image_size, config.image_size)
 
 
 def standard_normal(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..strict_json import known, to_json
+from .own_modules import import_own_modules
 from .parser import build_parser, parse
 
 _AFTER_CTRL_C = {
@@ -23,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What a command has to say goes to stdout, with ``--json`` as one JSON value; progress bars and errors to stderr.
     """
+    try:
+        import_own_modules(argv)
+    except ValueError as error:
+        print(f"diffusionblocks: {error}", file=sys.stderr)
+        return 2
     args = parse(argv)
     try:
         from .commands import run

@@ -16,7 +16,7 @@ Say = Callable[[str], None]
 
 def run(args: argparse.Namespace) -> Any:
     """Run a command; returns what ``--json`` prints."""
-    seed = getattr(args, "seed", 0)
+    seed = getattr(args, "seed", None) or 0
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"--seed {seed} must lie between -2^63 and 2^63 - 1.")
     if args.quiet:
@@ -75,9 +75,15 @@ def _plan(args: argparse.Namespace, say: Say) -> Any:
     from .. import jobs
 
     planned = jobs.plan(_recipe(args, say), say=say)
-    words = [*([args.recipe] if args.recipe else []), *(["--data", args.data] if args.data else []), *args.overrides]
-    say(f"\nnext: diffusionblocks train {shlex.join(words)}")
+    say(f"\nnext: diffusionblocks train {_words(args)}")
     return planned
+
+
+def _words(args: argparse.Namespace, **settings: Any) -> str:
+    """The recipe, data and settings of a command line, for another command; ``settings`` are its options."""
+    named = [*([args.recipe] if args.recipe else []), *(["--data", args.data] if args.data else [])]
+    chosen = [f"{name}={value}" for name, value in settings.items() if value is not None]
+    return shlex.join([*named, *args.overrides, *chosen])
 
 
 def _train(args: argparse.Namespace, say: Say) -> Any:
@@ -98,12 +104,16 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
     output = Path(recipe.training["output_dir"])
     if args.dry_run:
-        planned = jobs.plan(recipe, say=say)
-        say(f"\ndry run: would train in {output}; nothing was written.")
+        planned = jobs.plan(recipe, say=say, short=True, blocks=args.block, lower=args.lower)
+        words = _words(args, method=args.method, match=args.match, layers=args.layers)
+        say(f"\nthe whole table, with other methods beside it: diffusionblocks plan {words}")
+        say(f"dry run: would train in {output}; nothing was written.")
         return {"output_dir": str(output), "plan": planned}
     if args.overwrite and os.environ.get("RANK", "0") == "0":  # the other processes of a run wait for this one
         overwrite_run(output)
-    model_dir = jobs.train(recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say)
+    model_dir = jobs.train(
+        recipe, blocks=args.block, lower=args.lower, report=not args.no_report, say=say, command=_train_command(args)
+    )
     figures = output / "figures" / "figures.json"
     given: dict[str, Any] = {"output_dir": str(output), "model": str(model_dir)}
     page = model_dir.parent / REPORT_NAME
@@ -112,6 +122,22 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
     if args.block is None:
         say(f"\nnext: {jobs.next_command(recipe, model_dir)}")
     return given | {"figures": known}
+
+
+def _train_command(args: argparse.Namespace) -> str:
+    """What made a model, for its card: without what says nothing of the model, such as where it was written."""
+    settings = {name: getattr(args, name) for name in ("method", "match", "layers")}
+    words = [f"--block {block}" for block in args.block or ()]
+    words += [f"--lower {shlex.quote(args.lower)}"] if args.lower else []
+    return " ".join(["diffusionblocks train", _words(args, **settings), *words])
+
+
+def _card(args: argparse.Namespace, say: Say) -> Any:
+    from .. import jobs
+
+    path = jobs.card(args.run, args.output, say=say)
+    say(f"next: diffusionblocks push {Path(args.run) / 'model'} user/model --dry-run")
+    return {"card": str(path)}
 
 
 def _sample(args: argparse.Namespace, say: Say) -> Any:
@@ -126,10 +152,11 @@ def _sample(args: argparse.Namespace, say: Say) -> Any:
 def _print_table(args: argparse.Namespace, say: Say) -> Any:
     from ..paper_tables import formatting
 
-    if args.model is not None or args.overrides or args.recipe or args.data or args.output:
+    given = (args.overrides, args.recipe, args.data, args.output)
+    if args.model is not None or any(given) or args.seed is not None:
         raise ValueError(
             f"--table {args.table} prints figures that are known and scores nothing: leave out the model, --recipe, "
-            "--data, --output and settings."
+            "--data, --output, --seed and settings."
         )
     if args.table == "list":
         say(formatting.format_list())
@@ -162,7 +189,7 @@ def _evaluate(args: argparse.Namespace, say: Say) -> Any:
         if values is None:
             raise ValueError(f"no recipe lies beside {args.model}: name one with --recipe.")
         recipe = make_recipe(values, overrides)
-    figures = jobs.evaluate(args.model, recipe, args.output, args.seed, say=say)
+    figures = jobs.evaluate(args.model, recipe, args.output, args.seed or 0, say=say)
     if Path(args.model).is_dir():
         say(f"\nnext: diffusionblocks push {args.model} user/model --dry-run")
     return figures
@@ -281,6 +308,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Say], Any]] = {
     "convert": _convert,
     "encode": _encode,
     "merge": _merge,
+    "card": _card,
     "push": _push,
     "watch": _watch,
     "demo": _demo,

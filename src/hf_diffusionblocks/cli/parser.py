@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
         add(commands)
-    for add in (_add_merge, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
+    for add in (_add_merge, _add_card, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
         add(commands)
     return parser
 
@@ -48,6 +48,14 @@ def _add_habits(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRES
     parser.add_argument("--debug", action="store_true", default=default, help="show the whole traceback of an error")
     parser.add_argument("-q", "--quiet", action="store_true", default=default, help="print errors only")
     parser.add_argument("-v", "--verbose", action="store_true", default=default, help="log what is done, to stderr")
+    parser.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        default=default,
+        action="append" if default is argparse.SUPPRESS else "store",
+        help="a module, or a .py file, that registers families of your own; read first (repeatable)",
+    )
 
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +145,11 @@ def _add_sample(commands: Any) -> None:
         '  diffusionblocks sample runs/pydoc-md4/model --prompt "The <mask:40> module" --max-new-tokens 0',
     )
     parser.add_argument("model", help="directory or Hub id of a blocked model")
-    parser.add_argument("--steps", type=int, help="steps; default 50 for images, one per block for text")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="steps; default 50 for images, one per block for text; of a recurrent model recurrences",
+    )
     parser.add_argument("--grid", help="karras (default for images) or equal_probability (default for text)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -184,7 +196,7 @@ def _add_evaluate(commands: Any) -> None:
     )
     _add_recipe(parser, option=True)
     parser.add_argument("--output", help="also write the figures to this JSON file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, help="of everything random (default: 0)")
 
 
 _CONVERT = "Cut a pretrained model into blocks and save it. " + what_can_be_cut()
@@ -260,6 +272,18 @@ def _add_push(commands: Any) -> None:
     parser.add_argument("--private", action="store_true", default=None, help="if the repository is new")
     parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
     parser.add_argument("--dry-run", action="store_true", help="only tell what would be sent")
+
+
+def _add_card(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "card",
+        "Write the model card of a finished run anew, from the run's own files; nothing is scored again.",
+        "  diffusionblocks card runs/digits-dit                        # into runs/digits-dit/model\n"
+        "  diffusionblocks card runs/digits-dit --output model_cards/digits-dit.md",
+    )
+    parser.add_argument("run", metavar="RUN", help="the directory of a finished run")
+    parser.add_argument("--output", metavar="FILE", help="a Markdown file, instead of the model's README.md")
 
 
 def _port(text: str) -> int:

@@ -8,7 +8,7 @@ Say = Callable[[str], None]
 
 _IMAGE_OPTIONS = ("output_dir", "classes", "per_class", "guidance_scale", "solver")
 _TEXT_OPTIONS = ("prompt", "max_new_tokens", "temperature", "top_k", "top_p", "denoise", "bridge", "order")
-_NOT_OF_MASKED = ("grid", "top_k", "denoise", "bridge")
+_NOT_OF_MASKED = ("grid", "denoise", "bridge")
 
 
 def sample(args: argparse.Namespace, say: Say = print) -> list[str]:
@@ -38,7 +38,7 @@ def sample(args: argparse.Namespace, say: Say = print) -> list[str]:
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} has no meaning for {args.model}, a {family} model: leave it out.")
     if FAMILIES[family].hides_tokens:
-        names = ("max_new_tokens", "steps", "order", "temperature", "top_p", "block_streaming")
+        names = ("max_new_tokens", "steps", "order", "temperature", "top_k", "top_p", "block_streaming")
         given = {name: getattr(args, name) for name in names}
         return jobs.sample_masked(args.model, args.prompt, recipe, args.seed, say=say, **given)
     return _sample_text(args, recipe, say)

@@ -78,7 +78,8 @@ def score_classifier(
         for steps in settings.steps:
             found = predict(model, dataset, num_inference_steps=steps, num_draws=walk["num_draws"], **common)[0]
             accuracies[steps] = float((found.argmax(-1) == labels).double().mean())
-        figures["accuracy_by_steps"] = accuracies
+        if accuracies:
+            figures["accuracy_by_steps"] = accuracies
         ensembles = {}
         for draws in settings.draws:
             found = predict(model, dataset, **walk | {"num_draws": draws}, **common)[0]

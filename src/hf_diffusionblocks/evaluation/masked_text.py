@@ -126,6 +126,7 @@ def fill_text(
             steps=settings.steps,
             order=settings.order,
             temperature=settings.temperature,
+            top_k=settings.top_k,
             top_p=settings.top_p,
             generator=torch.Generator().manual_seed(seed),
         )

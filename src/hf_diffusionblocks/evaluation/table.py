@@ -7,6 +7,7 @@ from typing import Any
 def format_figures(figures: dict[str, Any]) -> str:
     """The table of figures as text."""
     lines = []
+    width = max([34, *map(len, figures)]) + 2
     for name, value in figures.items():
         if isinstance(value, (list, tuple)):
             text = ", ".join(_short(v) for v in value)
@@ -14,7 +15,7 @@ def format_figures(figures: dict[str, Any]) -> str:
             text = ", ".join(f"{k}: {_short(v)}" for k, v in value.items())
         else:
             text = f"{value:.3e}" if isinstance(value, float) and 1e5 <= abs(value) < math.inf else _short(value)
-        lines.append(f"{name.replace('_', ' '):<36}{text}")
+        lines.append(f"{name.replace('_', ' '):<{width}}{text}")
     return "\n".join(lines)
 
 

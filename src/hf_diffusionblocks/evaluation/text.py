@@ -15,6 +15,7 @@ from ..families.causal_lm_config import BlockedCausalLMConfig
 from ..families.recurrent import BlockedRecurrentForCausalLM
 from ..generation import denoising_generate
 from ..likelihood import language_model_likelihood, likelihood_bound
+from ..likelihood.shares import has_bound
 from ..objectives import NextTokenPrediction
 from ..recipes.sections import TextEvaluation, TextSampling
 from ..training.data_stream import fetch
@@ -66,7 +67,7 @@ def score_text(
         "local_bits_per_character_per_block": [loss * to_bits for loss in local.per_range],
         "held_out_tokens": whole.num_tokens,
     }
-    if model.config.two_stream or (model.config.context == "independent" and model.config.num_blocks > 1):
+    if has_bound(model.config):
         bound = likelihood_bound(model, dataset, num_draws=settings.num_draws, seed=seed, **common)
         figures |= {
             "bound_bits_per_character": bound.bits_per_character,
@@ -107,7 +108,10 @@ def prompt_tokens(
 
 
 def recurrent_options(settings: TextSampling) -> dict[str, Any]:
-    """What ``generate`` of a recurrent model is told for a walk along the noise grid.
+    """What ``generate`` of a recurrent model is told for ``mode="denoise"``.
+
+    A step is a recurrence: of a denoiser a noise level of the grid, of an unrolled core one of those that it is trained
+    by.
 
     Raises:
         ValueError: for another grid or bridge than its own.
@@ -150,7 +154,7 @@ def generate_text(
         options |= {"temperature": settings.temperature, "top_k": settings.top_k or 0, "top_p": settings.top_p}
     if settings.mode == "denoise":
         if isinstance(model, BlockedRecurrentForCausalLM):
-            options |= recurrent_options(settings) if model.config.two_stream else {}  # unrolled as it was trained
+            options |= recurrent_options(settings)
         else:
             options |= {"custom_generate": denoising_generate, "seed": seed}
             options |= {"steps": settings.steps, "grid": settings.grid, "bridge": settings.bridge}

@@ -209,12 +209,11 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
 
     def language_head(self, block: int | None = None) -> Float[Tensor, "vocab width"]:
         """The matrix that turns ``language_hidden`` into logits."""
-        return (
-            self.target_table() if self.config.readout == "edm" else self.head_weight(self.language_blocks(block)[-1])
-        )
+        return self.head_weight(self.language_blocks(block)[-1])
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The head of the next token's logits, the embeddings if it is tied; None if it is not loaded or has none."""
+        """The head of the next token's logits, the embeddings if it is tied; None if it is not loaded or has none, as
+        with ``readout="edm"``."""
         if self.config.tied_head:
             return self.embed_tokens
         last = self.language_blocks()[-1]
@@ -256,7 +255,7 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
             base: a transformers causal language model, its directory or Hub id (weights are copied), or its config as
                 an object or mapping (weights are new).
             num_blocks: B, default 3.
-            preset: ``paper`` for the paper's settings; ``settings`` override it.
+            preset: ``default``, as without one, or ``paper`` for the paper's settings; ``settings`` override it.
             **settings: fields of ``BlockedCausalLMConfig``; for a base that is loaded by name also ``dtype``,
                 ``revision``, ``token`` and ``cache_dir``.
 
@@ -286,8 +285,8 @@ class BlockedForCausalLM(DenoisingDecoder, GenerationMixin):
         **settings: Any,
     ) -> BlockedCausalLMConfig:
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
-        given = family_settings(BlockedCausalLMConfig, PRESETS, base_config, num_blocks, preset, settings)
-        return BlockedCausalLMConfig(**given)
+        given = family_settings(cls.config_class, PRESETS, base_config, num_blocks, preset, settings)
+        return cls.config_class(**given)
 
     def to_base(self) -> PreTrainedModel:
         """Give back a transformers causal language model: a cascade's layers in order, without auxiliary layers.

@@ -22,7 +22,7 @@ class CausalLMBlock(nn.Module):
         self.model = _decoder(config, layers, attention)
         self.norm = self.model.norm
         self.model.norm = nn.Identity()
-        self.lm_head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_heads else None
         count = config.auxiliary_layers_of(block)
         self.auxiliary = _decoder(config, range(layers[-1] + 1, layers[-1] + 1 + count), attention) if count else None
         if self.auxiliary is not None:

@@ -132,9 +132,11 @@ def _check_labels(config: BlockedCausalLMConfig, labels: Tensor | None, batch: i
     if labels is None:
         return
     if list(labels.shape) != [batch, tokens] or labels.is_floating_point():
+        masked = getattr(config, "mask_token_id", None) is not None
+        where = "Each is of the token in its own place." if masked else "They are shifted inside."
         raise ValueError(
             f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: give whole numbers of shape "
-            f"{[batch, tokens]}, as input_ids. They are shifted inside."
+            f"{[batch, tokens]}, as input_ids. {where}"
         )
     wrong = (labels != IGNORED) & ((labels < 0) | (labels >= config.vocab_size))
     if bool(wrong.any()):

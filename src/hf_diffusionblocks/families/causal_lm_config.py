@@ -1,11 +1,14 @@
 """Config of blocked causal language models."""
 
+from typing import Any
+
 from .base_config import fields_of
 from .categorical_config import CategoricalConfig
 from .language_config import LanguageConfigMixin, complete_language_config
 
-# The paper's settings (arXiv 2506.14202, App. B and E.4), as one preset.
-PRESETS = {
+# The paper's settings (arXiv 2506.14202, App. B and E.4), as one preset; "default" names the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
     "paper": {
         "readout": "edm",
         "context": "independent",
@@ -13,7 +16,7 @@ PRESETS = {
         "initialization": "default",
         "overlap": 0.1,
         "noise": {"p_mean": -1.2, "p_std": 1.2},
-    }
+    },
 }
 
 
@@ -44,6 +47,11 @@ class BlockedCausalLMConfig(LanguageConfigMixin, CategoricalConfig):
     def tied_head(self) -> bool:
         """Whether the head is the token embedding."""
         return bool(self.base_config.get("tie_word_embeddings", False))
+
+    @property
+    def own_heads(self) -> bool:
+        """Whether each block has a head: not where it is tied, nor with ``edm``, whose logits are ``<D, e_k>``."""
+        return not self.tied_head and self.readout != "edm"
 
 
 def config_fields() -> frozenset[str]:

@@ -138,7 +138,9 @@ class BlockedDecoder(TokenTableMixin, BlockedCategoricalModel):
         return table if self.config.tied_head and table.requires_grad else None
 
     def head_weight(self, block: int) -> Float[Tensor, "vocab width"]:
-        """The output matrix of a block's head."""
+        """The output matrix of a block's head; with ``edm``, which has none of its own, the table of targets."""
+        if self.config.readout == "edm":
+            return self.target_table()
         return self.embed_tokens.weight if self.config.tied_head else self.block(block).lm_head.weight
 
     def training_hidden(

@@ -24,6 +24,7 @@ from ..adapter_checks import check_no_adapter
 from ..agreement import hub_name, weights_digest
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
+from .base_config import fields_of
 from .base_loading import part_settings
 from .dit_config import BlockedDiTConfig, base_config_defaults, config_fields
 from .dit_conversion import base_preconditioning, load_base
@@ -246,9 +247,10 @@ class BlockedDiTModel(BlockedPreTrainedModel):
         cls, base_config: Mapping[str, Any], num_blocks: int | None = None, **settings: Any
     ) -> BlockedDiTConfig:
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
-        unknown = [n for n in settings if n not in config_fields()]
+        allowed = config_fields() | fields_of(cls.config_class)
+        unknown = [n for n in settings if n not in allowed]
         if unknown:
-            raise ValueError(unknown_name("setting", unknown[0], config_fields()))
+            raise ValueError(unknown_name("setting", unknown[0], allowed))
         if "base_class" not in settings:
             kind = class_of(base_config)
             if kind is None:
@@ -259,25 +261,30 @@ class BlockedDiTModel(BlockedPreTrainedModel):
             settings.setdefault("preconditioning", kind.preconditioning)
         if num_blocks is None:
             num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
-        return BlockedDiTConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)
+        return cls.config_class(base_config=dict(base_config), num_blocks=num_blocks, **settings)
 
     def to_base(self, block: int | None = None) -> ModelMixin:
         """Give back a diffusers transformer of the base's class.
 
         Args:
-            block: a block, to get it as a DiT of its own layers. Not needed for B = 1, where the result is bitwise
+            block: a block, to get it as a network of its own layers. Not needed for B = 1, where the result is bitwise
                 the network that was converted.
 
         Raises:
             ValueError: for B > 1 without ``block``: every block has a stem and a head of its own and expects noisy
-                images, not another block's hidden states, so the blocks do not add up to one DiT.
+                images, not another block's hidden states, so the blocks do not add up to one network.
         """
         if block is None:
             if self.partition.num_blocks > 1:
+                kind = self.config.transformer_class
+                name, sample = "DiT", "sample with BlockedDiTPipeline"
+                if not kind.has_labels:
+                    name = kind.name
+                    sample = "give as_transformer() to its diffusers pipeline in the place of the transformer"
                 raise ValueError(
-                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one DiT: each has its "
+                    f"a model of {self.partition.num_blocks} blocks cannot be given back as one {name}: each has its "
                     "own patch embedding and head and expects noisy images, not hidden states. Use to_base(block=b) "
-                    "for one block as a DiT of its own layers, or sample with BlockedDiTPipeline."
+                    f"for one block as a {name} of its own layers, or {sample}."
                 )
             block = 0
         source = self.block(block)

@@ -1,24 +1,61 @@
 """Checks of images and labels that a classifier is given."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config_checks import MAX_POSITIONS
+from ..suggest import unknown_name
 from .image_classification_config import BlockedImageClassificationConfig
 
+# transformers' ignore_index: rows that a loss leaves out.
+IGNORED = -100
 
-def check_images(config: BlockedImageClassificationConfig, pixel_values: Any) -> Tensor:
+_ARGUMENTS = (
+    "pixel_values labels num_inference_steps num_draws generator block return_dict output_hidden_states "
+    "interpolate_pos_encoding".split()
+)
+_NOT_GIVEN = {
+    "output_attentions": "a blocked classifier gives logits and hidden states. Leave it out; of a cascade's layers, "
+    "to_base() gives a classifier of transformers, which has them under attn_implementation='eager'.",
+    "attention_mask": "every patch of an image sees every other. Leave it out.",
+    "bool_masked_pos": "a classifier reads whole images. Leave it out.",
+}
+
+
+def check_keywords(given: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` for what transformers' classifiers take and blocked ones do not, a ``TypeError`` for an
+    unknown keyword of ``forward``."""
+    for name, value in given.items():
+        if name in _NOT_GIVEN:
+            if value is not None and value is not False:
+                raise ValueError(f"{name}: {_NOT_GIVEN[name]}")
+        elif name != "num_items_in_batch" and value is not None:
+            raise TypeError(unknown_name("keyword", name, _ARGUMENTS))
+
+
+def check_images(config: BlockedImageClassificationConfig, pixel_values: Any, *, any_size: bool = False) -> Tensor:
     """The images as the model takes them; a ``ValueError`` for those that do not fit it.
 
     A model of gray images takes gray images in three equal channels too: transformers' pipelines open every image as
     RGB.
+
+    Args:
+        config: of the model.
+        pixel_values: [batch, channels, height, width].
+        any_size: let images be of another height and width than the model's, in whole patches.
     """
+    if pixel_values is None:
+        raise ValueError("pixel_values is missing: give images, a tensor [batch, channels, height, width].")
     if not isinstance(pixel_values, Tensor):
         raise ValueError(
             f"pixel_values is of type {type(pixel_values).__name__}: give a tensor [batch, channels, height, width]."
         )
     wanted = (config.num_channels, *config.image_size)
+    if any_size and pixel_values.ndim == 4:
+        wanted = (wanted[0], *_whole_patches(config, pixel_values))
     if pixel_values.ndim == 4 and wanted[0] == 1 and tuple(pixel_values.shape[1:]) == (3, *wanted[1:]):
         if not torch.equal(pixel_values[:, :1].expand_as(pixel_values), pixel_values):
             raise ValueError(
@@ -28,8 +65,8 @@ def check_images(config: BlockedImageClassificationConfig, pixel_values: Any) ->
     if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != wanted:
         raise ValueError(
             f"pixel_values has shape {list(pixel_values.shape)}; this model takes [batch, "
-            f"{', '.join(map(str, wanted))}] (channels, height, width). Resize or convert the images, or change "
-            "image_size / num_channels of the model."
+            f"{', '.join(map(str, wanted))}] (channels, height, width). Resize or convert the images, change "
+            "image_size / num_channels of the model, or give interpolate_pos_encoding=True for another size."
         )
     if len(pixel_values) == 0:
         raise ValueError("the batch is empty: give at least one image.")
@@ -44,8 +81,31 @@ def check_images(config: BlockedImageClassificationConfig, pixel_values: Any) ->
     return pixel_values
 
 
-def check_labels(config: BlockedImageClassificationConfig, labels: Any, count: int | None = None) -> None:
-    """Raise a ``ValueError`` for labels of another shape or type, or out of range."""
+def _whole_patches(config: BlockedImageClassificationConfig, pixel_values: Tensor) -> tuple[int, int]:
+    """Height and width of images of another size; a ``ValueError`` for sizes that patches do not fill."""
+    height, width = pixel_values.shape[-2:]
+    rows, columns = config.patch_size
+    if height % rows or width % columns or not height or not width:
+        raise ValueError(
+            f"images of {height} x {width} with interpolate_pos_encoding=True: height and width must be multiples of "
+            f"the patch size, {rows} x {columns}. Resize the images."
+        )
+    if (height // rows) * (width // columns) > MAX_POSITIONS:
+        raise ValueError(f"images of {height} x {width} have more than {MAX_POSITIONS} patches: give smaller ones.")
+    return height, width
+
+
+def check_labels(
+    config: BlockedImageClassificationConfig, labels: Any, count: int | None = None, *, ignored: bool = False
+) -> None:
+    """Raise a ``ValueError`` for labels of another shape or type, or out of range.
+
+    Args:
+        config: of the model.
+        labels: [batch].
+        count: of the images, if known.
+        ignored: allow ``IGNORED``, for rows without a label.
+    """
     if not isinstance(labels, Tensor):
         raise ValueError(f"the labels are of type {type(labels).__name__}: give a tensor of whole numbers [batch].")
     if labels.ndim != 1 or labels.is_floating_point() or (count is not None and len(labels) != count):
@@ -55,6 +115,8 @@ def check_labels(config: BlockedImageClassificationConfig, labels: Any, count: i
             f"[{expected}]."
         )
     wrong = (labels < 0) | (labels >= config.num_classes)
+    if ignored:
+        wrong = wrong & (labels != IGNORED)
     if len(labels) and bool(wrong.any()):
         raise ValueError(
             f"the labels run from {int(labels.min())} to {int(labels.max())} (row {int(wrong.int().argmax())} is the "

@@ -43,14 +43,14 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from ..conditioning import Modulation
-from ..noise import equal_probability_grid
 from .base_loading import convert
 from .categorical import BlockedCategoricalModel
 from .categorical_config import family_settings
-from .image_checks import check_image_batch, check_images, check_labels, labels_of_dataset
+from .image_checks import check_image_batch, check_images, check_keywords, check_labels, labels_of_dataset
 from .image_classification_block import ImageClassificationBlock, make_network
-from .image_classification_config import PRESETS, BlockedImageClassificationConfig, check_count
+from .image_classification_config import PRESETS, BlockedImageClassificationConfig
 from .image_classification_conversion import check_same_function, classifier_of, copy_weights
+from .image_classification_prediction import clean_prediction, walk
 
 
 class LabelTable(nn.Module):
@@ -117,7 +117,9 @@ class BlockedForImageClassification(BlockedCategoricalModel):
         self, inputs: Float[Tensor, "batch channels height width"], block: int = 0
     ) -> Float[Tensor, "batch positions width"]:
         embeddings = self.block(block).embeddings
-        return embeddings(inputs.to(embeddings.patch_embeddings.projection.weight.dtype))
+        inputs = inputs.to(embeddings.patch_embeddings.projection.weight.dtype)
+        resized = tuple(inputs.shape[-2:]) != self.config.image_size and self.config.interpolation_is_asked
+        return embeddings(inputs, interpolate_pos_encoding=True) if resized else embeddings(inputs)
 
     def clean_block(
         self, hidden: Float[Tensor, "batch positions width"], block: int, **places: Any
@@ -201,13 +203,16 @@ class BlockedForImageClassification(BlockedCategoricalModel):
 
     def forward(  # type: ignore[override]  # images, as transformers' models
         self,
-        pixel_values: Float[Tensor, "batch channels height width"],
+        pixel_values: Float[Tensor, "batch channels height width"] | None = None,
         labels: Int[Tensor, "batch"] | None = None,
         num_inference_steps: int | None = None,
         num_draws: int | None = None,
         generator: torch.Generator | None = None,
         block: int | None = None,
         return_dict: bool | None = None,
+        output_hidden_states: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        **kwargs: Any,
     ) -> ImageClassifierOutput | tuple:
         """The logits of each image, as of any image classifier in transformers.
 
@@ -217,87 +222,47 @@ class BlockedForImageClassification(BlockedCategoricalModel):
 
         Args:
             pixel_values: images in [-1, 1].
-            labels: for the loss.
+            labels: for the loss; -100 leaves a row out of it.
             num_inference_steps: noise levels of the walk; the config's unless given.
             num_draws: draws of the starting noise, over which probabilities are averaged; the config's unless given.
             generator: of the starting noise, which is the same for all images, so that the other images of a batch do
                 not matter; by default one that starts anew in each call.
             block: for independent blocks without a walk, which; 0 by default.
             return_dict: False for a tuple.
+            output_hidden_states: give ``hidden_states`` too, as the base does: the embedded image, and the output of
+                each layer, [batch, positions, width] each. Not of a walk, in which layers run once per noise level.
+            interpolate_pos_encoding: take images of another size, with position embeddings interpolated to it.
+            **kwargs: none; what transformers' classifiers take besides is refused by name.
 
         Raises:
-            ValueError: for images, labels or settings that do not fit the model.
+            ValueError: for images, labels or settings that do not fit the model, or an output that is not given.
         """
-        pixel_values = check_images(self.config, pixel_values)
+        check_keywords(kwargs)
+        pixel_values = check_images(self.config, pixel_values, any_size=bool(interpolate_pos_encoding))
         if labels is not None:
-            check_labels(self.config, labels, len(pixel_values))
+            check_labels(self.config, labels, len(pixel_values), ignored=True)
         walks = self.config.two_stream or num_inference_steps is not None
         if walks and block is not None:
             raise ValueError(f"block={block}: a walk over the noise levels uses the block of each. Leave it out.")
+        if walks and output_hidden_states:
+            raise ValueError(
+                "output_hidden_states=True: a walk over noise levels runs layers once per level, so there is no one "
+                "state per layer. Leave it out, or use start() and clean_block() for a block's hidden states; models "
+                "with readout='clean' give them, without num_inference_steps."
+            )
         if not walks and (num_draws is not None or generator is not None):
             raise ValueError(
                 "num_draws and generator are of a walk over noise levels, and readout='clean' reads the classes "
                 "without noise: give num_inference_steps too, or leave them out."
             )
+        states = None
         if walks:
-            logits = self._walk(pixel_values, num_inference_steps, num_draws, generator)
+            logits = walk(self, pixel_values, num_inference_steps, num_draws, generator)
         else:
-            logits = self._clean_logits(pixel_values, block)
+            logits, states = clean_prediction(self, pixel_values, block, with_states=bool(output_hidden_states))
         loss = None if labels is None else F.cross_entropy(logits.float(), labels)
-        output = ImageClassifierOutput(loss=loss, logits=logits)
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
         return output.to_tuple() if return_dict is False else output
-
-    def _clean_logits(self, pixel_values: Tensor, block: int | None) -> Float[Tensor, "batch classes"]:
-        last = self.partition.num_blocks - 1
-        if self.config.context == "independent":
-            block = 0 if block is None else block
-            self.partition.check_block(block)
-            chain: tuple[int, ...] = (block,)
-        elif block in (None, last):
-            chain = tuple(range(last + 1))
-        else:
-            raise ValueError(f"block={block}: a cascade's logits come from its last block, {last}.")
-        hidden = self.start(pixel_values, chain[0])
-        for b in chain:
-            hidden = self.clean_block(hidden, b)
-        module = self.block(chain[-1])
-        return module.classifier(module.features(hidden))
-
-    def _walk(
-        self, pixel_values: Tensor, steps: int | None, draws: int | None, generator: torch.Generator | None
-    ) -> Float[Tensor, "batch classes"]:
-        """Logarithms of the probabilities at the end of a walk down the noise levels, averaged over draws."""
-        steps = self.config.num_inference_steps if steps is None else steps
-        draws = self.config.num_draws if draws is None else draws
-        for name, value in (("num_inference_steps", steps), ("num_draws", draws)):
-            check_count(name, value)
-        generator = torch.Generator().manual_seed(0) if generator is None else generator
-        noise: Any = self.partition.noise  # of sigma
-        levels = equal_probability_grid(steps, noise).tolist()
-        contexts = self._contexts(pixel_values, {self.partition.block_of(level) for level in levels})
-        ends, count = [], len(pixel_values)
-        for _ in range(draws):
-            noise = torch.randn(self.config.hidden_size, generator=generator, device=generator.device)
-            z = (levels[0] * noise).to(pixel_values.device).expand(count, -1)
-            for level, lower in zip(levels, [*levels[1:], None], strict=True):
-                block = self.partition.block_of(level)
-                sigma = torch.full((count,), level, device=z.device)
-                logits = self.target_logits(contexts[block], z, sigma, block)
-                if lower is not None:  # Euler's step towards D (EDM, arXiv 2206.00364, Alg. 2)
-                    z = (lower / level) * z + (1 - lower / level) * self.posterior_mean(logits)
-            ends.append(logits.log_softmax(-1))
-        return torch.stack(ends).logsumexp(0) - torch.tensor(float(draws)).log().item()
-
-    def _contexts(self, pixel_values: Tensor, blocks: set[int]) -> dict[int, Tensor]:
-        """What the clean stream of each of some blocks starts from; a cascade's lower blocks run once."""
-        if self.config.context == "independent":
-            return {b: self.start(pixel_values, b) for b in sorted(blocks)}
-        hidden, found = self.start(pixel_values), {}
-        for b in range(max(blocks) + 1):
-            found[b] = hidden
-            if b < max(blocks):
-                hidden = self.clean_block(hidden, b)
-        return found
 
     # -- for trainer and planner ---------------------------------------------------------------------------------
 
@@ -346,7 +311,7 @@ class BlockedForImageClassification(BlockedCategoricalModel):
             base: a transformers image classifier (ViT, DeiT, DINOv2 with a head), its directory or Hub id (weights are
                 copied), or its config as an object or mapping (weights are new).
             num_blocks: B, default 3.
-            preset: ``paper`` for the paper's settings; ``settings`` override it.
+            preset: ``default``, as without one, or ``paper`` for the paper's settings; ``settings`` override it.
             **settings: fields of ``BlockedImageClassificationConfig``; for a base that is loaded by name also
                 ``dtype``, ``revision``, ``token`` and ``cache_dir``.
 
@@ -377,8 +342,8 @@ class BlockedForImageClassification(BlockedCategoricalModel):
     ) -> BlockedImageClassificationConfig:
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         names = {name: settings.pop(name) for name in ("id2label", "label2id") if name in settings}
-        given = family_settings(BlockedImageClassificationConfig, PRESETS, base_config, num_blocks, preset, settings)
-        return BlockedImageClassificationConfig(**given, **names)
+        given = family_settings(cls.config_class, PRESETS, base_config, num_blocks, preset, settings)
+        return cls.config_class(**given, **names)
 
     def to_base(self) -> PreTrainedModel:
         """Give back a transformers image classifier: a cascade's layers in order, without auxiliary layers.

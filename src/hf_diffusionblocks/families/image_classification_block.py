@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,6 @@ class Anatomy:
         layers: path from the base model (without head) to its layers.
         norms: of a layer, before the attention and before the MLP.
         after: of a layer, what the outputs of the two pass before they are added.
-        outputs: candidates of the linear maps that the branches end in.
         patches: whether the head also reads the mean of the patches.
     """
 
@@ -172,6 +172,11 @@ def make_network(
     missing = [name for name in ("embeddings", "layernorm") if not hasattr(network.base_model, name)]
     if missing or not isinstance(network.classifier, nn.Linear):
         raise ValueError(f"a model of type {kind!r} cannot be cut: it lacks {missing or ['a linear head']}. {MEND}")
+    if not hasattr(ANATOMIES[kind].layers_of(network)[0].attention, "o_proj"):  # its names are those on the disk too
+        raise ValueError(
+            f"transformers {transformers.__version__} builds the layers of a {kind!r} model in a way that cannot be "
+            "cut: this kind needs transformers 5.18 or newer (pip install -U transformers). ViT and DeiT work as it is."
+        )
     return network
 
 

@@ -6,8 +6,9 @@ from ..config_checks import MAX_POSITIONS
 from .base_config import complete_transformers_config, fields_of
 from .categorical_config import CategoricalConfig
 
-# The paper's settings (arXiv 2506.14202, section 4 and App. E), as one preset.
-PRESETS = {
+# The paper's settings (arXiv 2506.14202, section 4 and App. E), as one preset; "default" names the defaults.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
     "paper": {
         "readout": "edm",
         "context": "independent",
@@ -16,7 +17,7 @@ PRESETS = {
         "overlap": 0.05,
         "noise": {"p_mean": -1.2, "p_std": 1.2},
         "num_inference_steps": 4,
-    }
+    },
 }
 # Tokens in front of the patches, by the base's model_type; registers come on top.
 PREFIX = {"vit": 1, "deit": 2, "dinov2": 1, "dinov2_with_registers": 1}
@@ -99,6 +100,16 @@ class BlockedImageClassificationConfig(CategoricalConfig):
         return _pair("image_size", self.base_config["image_size"])
 
     @property
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch, in pixels."""
+        return _pair("patch_size", self.base_config["patch_size"])
+
+    @property
+    def interpolation_is_asked(self) -> bool:
+        """Whether embeddings must be told to interpolate for images of another size: DINOv2's do so unasked."""
+        return self.base_config["model_type"] in ("vit", "deit")
+
+    @property
     def num_prefix(self) -> int:
         """Tokens in front of the patches: [CLS], and perhaps others."""
         return PREFIX[self.base_config["model_type"]] + int(self.base_config.get("num_register_tokens") or 0)
@@ -107,7 +118,7 @@ class BlockedImageClassificationConfig(CategoricalConfig):
     def num_positions(self) -> int:
         """Tokens of an image: patches, and those in front of them."""
         height, width = self.image_size
-        rows, columns = _pair("patch_size", self.base_config["patch_size"])
+        rows, columns = self.patch_size
         return (height // rows) * (width // columns) + self.num_prefix
 
 

@@ -22,6 +22,13 @@ def copy_weights(base: PreTrainedModel, model: "BlockedForImageClassification") 
         ValueError: if the base is not the classifier that its config stands for.
     """
     expected = classifier_class(base.config)
+    if hasattr(base, "cls_classifier") and hasattr(base, "deit"):
+        raise ValueError(
+            f"a {type(base).__name__} cannot be cut: its logits are the mean of two heads. Give its layers and the "
+            f"head on [CLS] as a {expected.__name__}: base = {expected.__name__}(model.config); "
+            "base.deit.load_state_dict(model.deit.state_dict()); "
+            "base.classifier.load_state_dict(model.cls_classifier.state_dict())."
+        )
     if not isinstance(base, expected):
         raise ValueError(f"a {type(base).__name__} cannot be cut: load it as {expected.__name__}. {MEND}")
     trunk = base.base_model

@@ -23,11 +23,11 @@ from transformers.modeling_outputs import MaskedLMOutput
 from ..losses import linear_cross_entropy, linear_logits
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
-from .base_config import check_base_settings
+from .base_config import check_base_settings, fields_of
 from .base_loading import convert
 from .causal_lm_checks import IGNORED, check_some_target
 from .masked_lm_block import MaskedLMBlock, RateModulation
-from .masked_lm_config import BlockedMaskedLMConfig, check_mask_token, config_fields
+from .masked_lm_config import BlockedMaskedLMConfig, check_mask_token
 from .masked_lm_conversion import base_of_block, copy_weights, find_base, mask_token_of
 from .token_table import TokenTableMixin
 
@@ -320,12 +320,13 @@ class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
         check_base_settings(base_config)
-        unknown = [n for n in settings if n not in config_fields()]
+        allowed = fields_of(cls.config_class)
+        unknown = [n for n in settings if n not in allowed]
         if unknown:
-            raise ValueError(unknown_name("setting", unknown[0], config_fields()))
+            raise ValueError(unknown_name("setting", unknown[0], allowed))
         if num_blocks is None:
             num_blocks = len(settings["layers_per_block"]) if settings.get("layers_per_block") else 3
-        return BlockedMaskedLMConfig(base_config=dict(base_config), num_blocks=num_blocks, **settings)
+        return cls.config_class(base_config=dict(base_config), num_blocks=num_blocks, **settings)
 
     def to_base(self, block: int | None = None) -> PreTrainedModel:
         """Give back a transformers masked language model; see ``masked_lm_conversion.base_of_block``.

@@ -14,9 +14,12 @@ from .language_config import LanguageConfigMixin, complete_language_config
 PARTITIONS = ("equal_probability", "explicit")
 MEND = "Encoders built like BERT, RoBERTa and ModernBERT can be cut, and decoders like Llama, made bidirectional."
 _ADD_A_TOKEN = (
-    "Name the id of the token that hides others with mask_token_id=. A vocabulary without one gets it by "
+    "Name the id of the token that hides others: in Python from_base(..., mask_token_id=4), on the command line "
+    "`diffusionblocks convert ... mask_token_id=4`, in a recipe blocks.mask_token_id=4. It may be any token that the "
+    "text does not use. A vocabulary without one gets it in Python by "
     "tokenizer.add_special_tokens({'mask_token': '<mask>'}) and, for a pretrained base, "
-    "base.resize_token_embeddings(len(tokenizer)); then mask_token_id=tokenizer.mask_token_id."
+    "base.resize_token_embeddings(len(tokenizer)); save both in one directory, whose "
+    "tokenizer then says which it is."
 )
 
 

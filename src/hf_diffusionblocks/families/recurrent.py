@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..losses import Pairs
 from ..suggest import unknown_name
-from .base_config import check_base_settings
+from .base_config import check_base_settings, fields_of
 from .causal_lm import BlockedForCausalLM
 from .causal_lm_checks import STOP_STRING_TOOLS, check_keywords
 from .recurrent_block import Places, RecurrentBlock, has_values
@@ -322,7 +322,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         preset: str | None = None,
         **settings: Any,
     ) -> BlockedRecurrentConfig:
-        """The config from the base's config and settings; ``preset`` is ``paper`` or ``huginn``."""
+        """The config from the base's config and settings; ``preset`` is ``default``, ``paper`` or ``huginn``."""
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
         check_base_settings(base_config)
@@ -330,14 +330,15 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
             if preset not in PRESETS:
                 raise ValueError(unknown_name("preset", preset, PRESETS))
             settings = PRESETS[preset] | settings
+        allowed = config_fields() | fields_of(cls.config_class)
         for name in settings:
-            if name not in config_fields():
-                raise ValueError(unknown_name("setting", name, config_fields()))
+            if name not in allowed:
+                raise ValueError(unknown_name("setting", name, allowed))
         if num_blocks is not None:
             settings["num_blocks"] = num_blocks
         if settings.get("pretrained"):
             settings.setdefault("core_norm", False)  # the base has none there
-        return BlockedRecurrentConfig(base_config=dict(base_config), **settings)
+        return cls.config_class(base_config=dict(base_config), **settings)
 
     def to_base(self) -> PreTrainedModel:
         """Not of this family.

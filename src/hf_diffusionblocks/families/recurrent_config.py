@@ -10,7 +10,8 @@ from .causal_lm_config import BlockedCausalLMConfig
 
 NOISE_PER = ("row", "token")
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
     # arXiv 2506.14202: one core for the whole noise range, the paper's readout and noise.
     "paper": {"readout": "edm", "overlap": 0.1, "noise": {"p_mean": -1.2, "p_std": 1.2}},
     # Huginn, arXiv 2502.05171, section 3: what DiffusionBlocks is compared with.

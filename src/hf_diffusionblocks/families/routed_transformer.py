@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers import FluxTransformer2DModel
 from diffusers.configuration_utils import FrozenDict
 from torch import Tensor, nn
 
@@ -89,7 +90,20 @@ class RoutedTransformer(nn.Module):
         if scale != 1:
             given["timestep"] = timestep * scale
         given |= given.pop("kwargs", {})
-        return self.model.block(self.block_of(timestep))(**given)
+        block = self.model.block(self.block_of(timestep))
+        return block(**_with_text_per_image(block, given))
+
+
+def _with_text_per_image(block: nn.Module, given: dict[str, Any]) -> dict[str, Any]:
+    """A call with one prompt for several images, expanded for a Flux block that joins text and images at once.
+
+    A double-stream layer broadcasts the one prompt; in a block without any, nothing does before the two are joined.
+    """
+    images, text = given.get("hidden_states"), given.get("encoder_hidden_states")
+    joins = isinstance(block, FluxTransformer2DModel) and not len(block.transformer_blocks)
+    if joins and images is not None and text is not None and len(text) == 1 < len(images):
+        given = given | {"encoder_hidden_states": text.expand(len(images), -1, -1)}
+    return given
 
 
 __all__ = ["RoutedTransformer"]

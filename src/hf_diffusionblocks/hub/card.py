@@ -1,15 +1,15 @@
 """The model card: what a saved model is, how it was trained, what was measured, how to load it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import serialization
-from ..families.categorical_config import CategoricalConfig
-from ..families.masked_lm_config import BlockedMaskedLMConfig
-from ..families.recurrent_config import BlockedRecurrentConfig
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
+from ..units import human_seconds
+from .card_texts import description, intended_use, settings
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -27,6 +27,10 @@ _TEMPLATE = """---
 
 {{ settings }}
 
+## Intended use and limits
+
+{{ intended_use }}
+
 ## How to load
 
 ```python
@@ -38,6 +42,10 @@ Load some blocks only, for instance to go on training one: `{{ class_name }}.fro
 ## Training
 
 {{ training }}
+
+## Made with
+
+{{ made }}
 
 ## Figures
 
@@ -55,6 +63,8 @@ def model_card(
     dataset: str | None = None,
     pipeline_tag: str = "unconditional-image-generation",
     base_model: str | None = None,
+    made: Mapping[str, str] | None = None,
+    license: str | None = None,
 ) -> ModelCard:
     """A card from the config and the measured figures.
 
@@ -67,8 +77,14 @@ def model_card(
         dataset: name of the training data; a Hub id goes into the metadata.
         pipeline_tag: the Hub's task.
         base_model: the pretrained network that was cut; a Hub id goes into the metadata.
+        made: where, when and how it was made: command, hardware, date, versions.
+        license: the Hub's identifier of the weights' licence, such as ``apache-2.0``; none is made up.
     """
-    figures = figures or {}
+    made, figures = dict(made or {}), dict(figures or {})
+    if isinstance(seconds := figures.get("training_seconds"), (int, float)):
+        made["training time"] = human_seconds(seconds)
+    kept = {name: value for name, value in figures.items() if value is not None and not name.endswith(_NO_FIGURES)}
+    figures = _sorted(kept)
     results = [
         EvalResult(
             task_type=pipeline_tag,
@@ -86,6 +102,7 @@ def model_card(
         tags=["diffusion-blocks", "block-wise-training", "arxiv:2506.14202"],
         datasets=[dataset] if _is_hub_id(dataset) else None,
         base_model=base_model if _is_hub_id(base_model) else None,
+        license=license,
         model_name=title if results else None,
         eval_results=results or None,
     )
@@ -94,102 +111,37 @@ def model_card(
         template_str=_TEMPLATE,
         title=title,
         class_name=type(model).__name__,
-        description=_description(model, base_model),
-        settings=_settings(model),
+        description=description(model, base_model),
+        settings=settings(model),
         table=format_block_parameters(model),
         usage=usage,
-        training=_table({**({"data": dataset} if dataset else {}), **(training or {})}) or "Not recorded.",
+        training=_table({**({"data": dataset} if dataset else {}), **_sorted(training or {})}) or "Not recorded.",
+        made=_table(made | ({"license": license} if license else {})) or "Not recorded.",
+        intended_use=intended_use(model),
         figures=_table(figures) or "None were measured.",
     )
 
 
-# Figures that say what was done, and how long it took, but not how good the model is.
-_NO_METRICS = ("_seconds", "guidance_scale")
+# What says how long something took, or how far a run came, and nothing of the model.
+_NO_FIGURES = ("_seconds", "updates_per_block")
+# Of the others, what belongs to a figure, and is none that ranks models.
+_NO_METRICS = ("guidance_scale", "_standard_error", "_monte_carlo_error", "_std", "classifier_accuracy")
 
 
 def _is_hub_id(name: str | None) -> bool:
     return name is not None and name.count("/") == 1 and not Path(name).exists()
 
 
-# Target, input and name of a family of categorical targets.
-_TARGETS = {
-    "blocked_causal_lm": ("next token", "clean tokens", "language model"),
-    "blocked_image_classification": ("label", "image", "classifier"),
-}
-
-
-def _description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
-    """What the model is and how its blocks were trained."""
-    config, count = model.config, model.partition.num_blocks
-    source = "(DiffusionBlocks, [arXiv 2506.14202](https://arxiv.org/abs/2506.14202))"
-    blocks = f"{count} blocks" if count > 1 else "one block"
-    if isinstance(config, BlockedMaskedLMConfig):
-        made = base_model or f"A {config.base_config['model_type']} network"
-        return (
-            f"{made} that reads both sides, cut into {blocks} and trained block by block by masked diffusion {source}. "
-            "Each block knows rows of its own range of mask rates, block 0 those with most tokens hidden; sampling "
-            "reveals tokens step by step and runs one block per step."
-        )
-    if not isinstance(config, CategoricalConfig):
-        return (
-            f"A {type(model).__name__} cut into {blocks} and trained block by block with denoising score matching "
-            f"{source}. Each block is a denoiser for its own range of noise levels; sampling runs one block per step."
-        )
-    kind = config.base_config["model_type"]
-    target, inputs, name = _TARGETS.get(config.model_type, _TARGETS["blocked_causal_lm"])
-    made = f"{base_model or f'A pretrained {kind} model'}" if config.pretrained else f"A {kind} {name}"
-    if isinstance(config, BlockedRecurrentConfig):
-        parts = f"{len(config.prelude)} prelude, {len(config.core)} core and {len(config.coda)} coda layers"
-        how = (
-            "as one denoiser for all noise levels, in one pass at a random one"
-            if config.two_stream
-            else f"unrolled, {config.mean_recurrences + 1} recurrences on average, with the gradient through the last "
-            f"{config.backprop_depth}"
-        )
-        return f"{made} of recurrent depth ({parts}), its core trained {how}, with the library of {source}."
-    if count == 1:
-        return f"{made} in one block, trained end to end with the library of {source}."
-    how = f"trained block by block with the cross-entropy of the {target}"
-    context = (
-        "Each block reads what the blocks below it give, without a gradient; the last one's head gives the logits."
-        if config.context == "cascade"
-        else f"Each block reads the {inputs} through its own layers only and is a {name} by itself."
-    )
-    noise = (
-        f" Each block denoises the {target}'s embedding in its own range of noise levels."
-        if config.two_stream
-        else " No block needs noise to be trained; the noise levels below are those that sampling along the grid uses."
-    )
-    auxiliary = (
-        f" In training, {config.auxiliary_layers} auxiliary layer(s) stand between a block and its loss; they are not "
-        "used afterwards."
-        if config.auxiliary_layers_of(0)
-        else ""
-    )
-    return f"{made} cut into {blocks}, {how} {source}. {context}{auxiliary}{noise}"
-
-
-def _settings(model: BlockedPreTrainedModel) -> str:
-    config = model.config
-    edges = ", ".join(f"{edge:.6g}" for edge in model.partition.edges)
-    if isinstance(config, BlockedMaskedLMConfig):
-        told = "are told" if config.time_conditioning else "are not told"
-        return (
-            f"Edges (mask rates, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}. "
-            f"Schedule: {config.schedule}. The layers {told} the mask rate. Mask token: {config.mask_token_id}."
-        )
-    text = f"Edges (noise levels, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}, "
-    text += f"preconditioning {config.preconditioning}."
-    if isinstance(config, CategoricalConfig):
-        text += f" Readout: {config.readout}. Context: {config.context}."
-    return text
-
-
 def write_model_card(directory: str | Path, card: ModelCard) -> Path:
-    """Write a card as the ``README.md`` of a saved model."""
-    path = Path(directory) / "README.md"
-    serialization.atomic_write(path, lambda temporary: temporary.write_text(str(card), encoding="utf-8"))
+    """Write a card as the ``README.md`` of a saved model; or to a Markdown file, if one is named."""
+    path = Path(directory) if Path(directory).suffix == ".md" else Path(directory) / "README.md"
+    serialization.atomic_write(path, lambda temporary: temporary.write_text(f"{card}\n", encoding="utf-8"))
     return path
+
+
+def _sorted(values: Mapping[str, Any]) -> dict[str, Any]:
+    """By name, as the files of a run keep them; ``method`` first."""
+    return dict(sorted(values.items(), key=lambda item: (item[0] != "method", item[0])))
 
 
 def _table(values: dict[str, Any]) -> str:

@@ -3,20 +3,25 @@
 ``plan``, ``train``, ``evaluate`` and ``convert`` are for all families; the other modules have each family's own.
 """
 
+import json
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..families.base_loading import LOADING, hub_settings
-from ..recipes import Recipe
+from ..recipes import Recipe, make_recipe
 from ..recipes.families import FAMILIES
+from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
+from ..serialization import read_json
 from ..suggest import unknown_name
 from . import classification, images, masked_text, text
 from .bases import family_for, preview, refusals_name_the_families
+from .cascade_jobs import check_planned_job
 from .classification import ClassifierRun
 from .common import (
     Say,
     check_model_path,
+    check_output,
     ends_the_run,
     family_of,
     new_directory,
@@ -47,9 +52,33 @@ def _of(family: str) -> ModuleType:
     return JOBS[FAMILIES[family].job]
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory."""
-    return _of(recipe.family).plan(recipe, say)
+def plan(
+    recipe: Recipe,
+    say: Say = print,
+    short: bool = False,
+    *,
+    blocks: list[int] | None = None,
+    lower: str | None = None,
+) -> dict[str, Any]:
+    """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory.
+
+    Args:
+        recipe: of the run.
+        say: prints.
+        short: print what fits on a screen; the figures that are returned are all of them.
+        blocks: of a job that is to train these only.
+        lower: of a cascade's job, the directory of a model that holds the trained blocks below.
+
+    Raises:
+        ValueError: for a job that ``train`` refuses.
+    """
+    _check_lower(recipe, lower)
+    planned = _of(recipe.family).plan(recipe)
+    if blocks is not None or lower is not None:
+        check_planned_job(planned.model, planned.recipe.training_arguments(), blocks, lower)
+    for line in planned.short_lines() if short else planned.lines():
+        say(line)
+    return planned.to_dict()
 
 
 def train(
@@ -60,6 +89,7 @@ def train(
     resume: bool = True,
     report: bool = True,
     say: Say = print,
+    command: str | None = None,
 ) -> Path:
     """``diffusionblocks train``: train, save the model, and (unless told otherwise) draw and score it.
 
@@ -70,19 +100,52 @@ def train(
         resume: go on from the last checkpoint.
         report: draw and score at the end, and write a report.
         say: prints.
+        command: that began the run, for the model's card.
 
     Returns:
         The directory of the saved model.
     """
-    if lower is not None and not recipe.kind.cascades:
-        raise ValueError(
-            f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
-        )
-    run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say)
+    _check_lower(recipe, lower)
+    run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say, command=command)
     model_dir = run.train(resume)
     if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
         say_report(model_dir.parent, say)
     return model_dir
+
+
+def _check_lower(recipe: Recipe, lower: str | None) -> None:
+    if lower is not None and not recipe.kind.cascades:
+        raise ValueError(
+            f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
+        )
+
+
+def card(run_dir: str, output: str | None = None, say: Say = print) -> Path:
+    """``diffusionblocks card``: write the model card of a finished run anew, from the run's own files.
+
+    Args:
+        run_dir: the run's directory.
+        output: a Markdown file; by default the model's own card.
+        say: prints.
+
+    Raises:
+        ValueError: for a directory that holds no finished run.
+    """
+    run, model_dir = Path(run_dir), Path(run_dir) / MODEL_DIR
+    values = read_recipe_of(str(model_dir)) if (model_dir / "config.json").is_file() else None
+    if values is None:
+        raise ValueError(f"{run} holds no finished run ({RECIPE_NAME}, {MODEL_DIR}/): name the directory of one.")
+    recipe = make_recipe(values, [f"training.output_dir={json.dumps(str(run))}"])
+    path = Path(output or model_dir / "README.md")
+    if path.suffix != ".md":
+        raise ValueError(f"--output {path} must end in .md: a card is Markdown.")
+    check_output(output)
+    figures = run / FIGURES_DIR / FIGURES_NAME
+    model = recipe.kind.model_class.from_pretrained(model_dir)
+    known = read_json(figures) if figures.is_file() else {}
+    RUNS[recipe.kind.job](recipe).write_card(model, model_dir, known, path)
+    say(f"model card: {path}")
+    return path
 
 
 def next_command(recipe: Recipe, model_dir: Path) -> str:
@@ -138,8 +201,8 @@ def convert(
     with refusals_name_the_families():
         if dry_run:
             return preview(base, output_dir, family, settings, say)
-        kind = {"kind": FAMILIES[family].model_class} if FAMILIES[family].job == "text" else {}
-        return {"model": str(_of(family).convert(base, output_dir, settings, say, **kind)), "family": family}
+        kind = FAMILIES[family].model_class
+        return {"model": str(_of(family).convert(base, output_dir, settings, say, kind=kind)), "family": family}
 
 
 def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, say: Say = print) -> Path:
@@ -151,6 +214,7 @@ def encode(recipe: Recipe, output_dir: str, split: str, batch_size: int = 32, sa
 
 __all__ = [
     "build_trainer",
+    "card",
     "check_model_path",
     "convert",
     "encode",

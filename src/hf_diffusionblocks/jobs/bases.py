@@ -19,8 +19,6 @@ from ..suggest import unknown_name
 from ..units import human_bytes
 from .common import Say, family_of
 
-# A family that another one's bases may be cut by as well.
-ALSO = {"recurrent": "causal_lm", "masked_lm": "causal_lm"}
 _REFUSALS = ("cannot be cut", "cannot cut", "Unrecognized configuration class", "neither a DiT")
 
 
@@ -50,8 +48,8 @@ def family_for(base: str, family: str | None, **hub: Any) -> str:
         raise ValueError(f"{base} holds a {named[0]}, which is of no family that can be cut. {what_can_be_cut()}")
     if family is None or family == own:
         return own
-    if ALSO.get(family) != own:
-        allowed = [own, *(name for name, other in ALSO.items() if other == own)]
+    if FAMILIES[family].bases_of != own:
+        allowed = [own, *(name for name, kind in FAMILIES.items() if kind.bases_of == own)]
         raise ValueError(
             f"--family {family} is not cut from {base}, which is of family {own}: leave --family out, or give "
             f"{' or '.join(allowed)}. {what_can_be_cut()}"
@@ -88,7 +86,7 @@ def converted_config(base: str, family: str, settings: dict[str, Any]) -> Diffus
         config = AutoConfig.from_pretrained(base, **hub)
     except OSError as error:
         raise ValueError(f"{base} cannot be loaded: {error}") from error
-    if family == "masked_lm":
+    if FAMILIES[family].hides_tokens:
         given.setdefault("mask_token_id", mask_token_of(base, hub))
     return kind.config_from(config, pretrained=True, **given)
 
@@ -123,4 +121,4 @@ def preview(base: str, output_dir: str, family: str, settings: dict[str, Any], s
     }
 
 
-__all__ = ["ALSO", "converted_config", "family_for", "preview", "refusals_name_the_families"]
+__all__ = ["converted_config", "family_for", "preview", "refusals_name_the_families"]

@@ -1,8 +1,16 @@
 """Jobs that train some blocks of a cascade: which blocks they hold, and where those below come from."""
 
+import copy
+from collections.abc import Iterator
+
+import torch
+
 from ..configuration import DiffusionBlocksConfig
 from ..families.categorical import BlockedCategoricalModel
+from ..modeling import BlockedPreTrainedModel
 from ..training.arguments import DiffusionBlocksTrainingArguments
+from ..training.block_order import is_sequential
+from ..training.cascade import check_job, with_gradient
 from ..training.parallel import my_blocks
 
 _SAME = ("base_config", "num_blocks", "layers_per_block", "readout", "context", "auxiliary_layers")
@@ -46,25 +54,64 @@ def take_lower_blocks(model: BlockedCategoricalModel, directory: str, count: int
     Raises:
         ValueError: if that is another model, or does not hold all of them.
     """
+    for block, below in _lower_blocks(type(model), model.config, directory, count):
+        model.block(block).load_state_dict(below.block(block).state_dict())
+    shared = {name: tensor for name, tensor in below.state_dict().items() if not name.startswith("blocks.")}
+    model.load_state_dict(shared, strict=False)
+    model.config.trained_blocks = list(below.config.trained_blocks)
+
+
+def check_planned_job(
+    model: BlockedPreTrainedModel,
+    args: DiffusionBlocksTrainingArguments,
+    blocks: list[int] | None,
+    lower: str | None,
+) -> None:
+    """Raise the ``ValueError`` that a job would end with before its first update, for a plan of it.
+
+    Args:
+        model: the plan's, of any device; stays as it is.
+        args: of the run.
+        blocks: that the job trains; None for all.
+        lower: directory of a saved model with the trained blocks below.
+    """
+    kind, config = type(model), copy.deepcopy(model.config)
+    held = held_blocks(config, args, blocks, lower)
+    if lower is not None and blocks:
+        for _, below in _lower_blocks(kind, config, lower, min(blocks)):
+            config.trained_blocks = list(below.config.trained_blocks)
+    with torch.device("meta"):
+        job = kind(config, blocks=held)
+    args = with_gradient(job, args, distils=args.distillation_weight > 0 or args.hidden_weight > 0)
+    trained = sorted(set(job.resident_blocks if args.blocks is None else args.blocks))
+    try:
+        check_job(job, trained, args, is_sequential(config, args))
+    except ValueError as error:
+        if blocks is not None:
+            raise ValueError(f"{error}{how_to_mend(str(error), blocks)}") from error
+        raise
+
+
+def _lower_blocks(
+    kind: type[BlockedPreTrainedModel], config: DiffusionBlocksConfig, directory: str, count: int
+) -> Iterator[tuple[int, BlockedPreTrainedModel]]:
+    """The first so many blocks of a saved model that must agree with a config, each with the model that holds it."""
     for block in range(count):  # one at a time: they may be streamed
         try:
-            below = type(model).from_pretrained(directory, blocks=[block])
+            below = kind.from_pretrained(directory, blocks=[block])
         except ValueError as error:
             raise ValueError(
                 f"--lower {directory} does not give block {block}, which block {count} reads ({error}) Train --block "
                 f"{block} first, with --lower if it is not the lowest, and give the model that it saves."
             ) from error
         for name in _SAME:
-            theirs, ours = getattr(below.config, name), getattr(model.config, name)
+            theirs, ours = getattr(below.config, name), getattr(config, name)
             if theirs != ours:
                 raise ValueError(
                     f"the blocks in {directory} belong to another model: its {name} is {theirs!r}, here {ours!r}. Use "
                     "the same recipe for all blocks of a cascade."
                 )
-        model.block(block).load_state_dict(below.block(block).state_dict())
-    shared = {name: tensor for name, tensor in below.state_dict().items() if not name.startswith("blocks.")}
-    model.load_state_dict(shared, strict=False)
-    model.config.trained_blocks = list(below.config.trained_blocks)
+        yield block, below
 
 
 def how_to_mend(error: str, blocks: list[int]) -> str:

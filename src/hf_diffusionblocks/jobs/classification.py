@@ -5,7 +5,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
@@ -14,31 +13,23 @@ from ..data import ImageDataset
 from ..evaluation import score_classifier
 from ..families.image_classification import BlockedForImageClassification, BlockedImageClassificationConfig
 from ..memory import MemoryPlan
-from ..modeling import format_block_parameters
 from ..recipes import Recipe
+from ..recipes.families import FAMILIES
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from . import building
 from .cascade_jobs import take_lower_blocks
-from .common import Say, check_output, pick_device, say_figures
+from .common import Say, check_output, family_of, pick_device, say_figures
 from .conversion import convert_base
-from .image_advice import image_advice
+from .image_advice import plan_images
 from .image_pieces import data_line, load_data
-from .planning import planned_memory
+from .planning import Plan
 from .run import Pictures, Run
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: parameters by block, memory and compute."""
-    recipe = resolve_method(recipe)
-    config = recipe.config()
-    table = planned_memory(config, recipe)
-    with torch.device("meta"):
-        model = BlockedForImageClassification(config)
-    lines, advised = image_advice(recipe, config)
-    for line in (format_block_parameters(model), "", str(table), "", *lines):
-        say(line)
-    return table.to_dict() | advised
+def plan(recipe: Recipe) -> Plan:
+    """What ``diffusionblocks plan`` prints: parameters by block, memory and compute."""
+    return plan_images(recipe)
 
 
 def build_trainer(
@@ -53,7 +44,7 @@ def build_trainer(
     """The trainer of a classifier's recipe; see ``building.make_trainer``."""
 
     def prepare(model: BlockedForImageClassification) -> None:
-        check_classes(train, model.config)
+        check_classes(train, model.config, recipe.kind.classes_key)
         building.name_classes(model, train)
         if lower is not None and blocks:
             take_lower_blocks(model, lower, min(blocks))
@@ -73,9 +64,9 @@ def build_trainer(
     return building.make_trainer(recipe, train, held_out, **made)
 
 
-def check_classes(data: ImageDataset, config: BlockedImageClassificationConfig) -> None:
-    """Raise a ``ValueError`` for data with more classes than the model has."""
-    building.check_classes(data, config.num_classes, "labels", "model.num_labels")
+def check_classes(data: ImageDataset, config: BlockedImageClassificationConfig, key: str = "num_labels") -> None:
+    """Raise a ``ValueError`` for data with more classes than the model has, by ``key`` of the section ``model``."""
+    building.check_classes(data, config.num_classes, "labels", f"model.{key}")
 
 
 class ClassifierRun(Run):
@@ -111,7 +102,7 @@ class ClassifierRun(Run):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForImageClassification, model_dir: Path) -> list[str]:
         return [
             "import hf_diffusionblocks",
             "from transformers import pipeline",
@@ -131,7 +122,9 @@ def save_processor(config: BlockedImageClassificationConfig, directory: Path) ->
             os.replace(path, directory / path.name)
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForImageClassification
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained classifier into blocks and save it with its image processor."""
 
     def save_beside(base: str, directory: Path, **hub: Any) -> None:
@@ -140,7 +133,7 @@ def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = pri
         AutoImageProcessor.from_pretrained(base, **hub).save_pretrained(directory)
 
     return convert_base(
-        BlockedForImageClassification,
+        kind,
         base,
         output_dir,
         settings,
@@ -155,7 +148,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """``diffusionblocks evaluate``; see ``hf_diffusionblocks.jobs.evaluate``."""
     check_output(output)
-    model = BlockedForImageClassification.from_pretrained(model_dir).to(pick_device())
+    model = FAMILIES[family_of(model_dir)].model_class.from_pretrained(model_dir).to(pick_device())
     _, test_data = load_data(recipe)
     check_classes(test_data, model.config)
     model.check_batch(test_data[[0]])

@@ -201,7 +201,7 @@ def _check_answer(name: str, error: Exception, hub: dict[str, Any]) -> None:
 def check_output(output: str | None) -> None:
     """Raise a ``ValueError`` for a file that cannot be written, before the work that it is for."""
     if output is not None and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise ValueError(f"--output {output} is a directory, or in one that does not exist: give a new JSON file.")
+        raise ValueError(f"--output {output} is a directory, or in one that does not exist: give a new file.")
 
 
 def say_figures(figures: dict[str, Any], output: str | None, say: Say) -> None:

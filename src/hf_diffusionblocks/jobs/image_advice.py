@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..baselines.end_to_end import resolve_method
 from ..configuration import DiffusionBlocksConfig
 from ..families.categorical_config import CategoricalConfig
 from ..memory import end_to_end_config
@@ -17,7 +18,7 @@ from ..memory_alternatives import layers_of
 from ..memory_fake_steps import recut
 from ..recipes import Recipe
 from .advice import SmallModel, advice_values, small_model
-from .planning import compute_lines, compute_values, planned_compute
+from .planning import Plan, compute_lines, compute_values, planned_compute, planned_memory
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,16 @@ def image_advice(recipe: Recipe, config: DiffusionBlocksConfig) -> tuple[list[st
     return [*compute_lines(cost), "", said], {"compute": values, "advice": said}
 
 
+def plan_images(recipe: Recipe) -> Plan:
+    """What ``diffusionblocks plan`` prints of a model of images."""
+    recipe = resolve_method(recipe)
+    config = recipe.config()
+    memory = planned_memory(config, recipe)
+    with torch.device("meta"):
+        model = recipe.kind.model_class(config)
+    return Plan(recipe, model, memory, [], *image_advice(recipe, config))
+
+
 def _is_pretrained(recipe: Recipe, config: DiffusionBlocksConfig) -> bool:
     return "base" in recipe.model or bool(getattr(config, "pretrained", False))
 
@@ -85,7 +96,7 @@ def _shallow(recipe: Recipe, config: DiffusionBlocksConfig, layers: int) -> Diff
 
 def patches_per_image(config: DiffusionBlocksConfig) -> int:
     """Patches that an image, or its latent, is cut into."""
-    size = config.base_config["patch_size"]
+    size = config.base_config.get("patch_size", 1)
     across = (size, size) if isinstance(size, int) else size
     given = getattr(config, "image_size", None) or (config.sample_size, config.sample_size)
     packing = getattr(getattr(config, "transformer_class", None), "packing", 1)

@@ -4,14 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from ..data import ImageDataset, load_image_dataset
-from ..families.dit import BlockedDiTModel
+from ..modeling import BlockedPreTrainedModel
 from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
 from ..training.arguments import DiffusionBlocksTrainingArguments
 from . import building
 
-# Side and channels of the images, in the section model.
-_SHAPE = {"dit": ("sample_size", "in_channels"), "image_classification": ("image_size", "num_channels")}
 LATENTS = "latents"  # where the recipes of latent models expect them
 
 
@@ -25,7 +23,7 @@ def is_latent_source(name: Any) -> bool:
 def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
     """Training and held-out data of a recipe. Size and channels are the model's where the recipe gives none."""
     data = recipe.data
-    size, channels = (recipe.model.get(name) for name in _SHAPE[recipe.family])
+    size, channels = (recipe.model.get(name) for name in recipe.kind.image_keys)
     if is_latent_source(data.name) or "base" in recipe.model or channels not in (1, 3):
         size = channels = None  # latents come as they are, and a base is loaded later
     if data.name == "digits":  # 8 x 8 in every run: another size is a mistake
@@ -84,9 +82,9 @@ def _names(data: ImageDataset) -> str:
     return ", ".join(data.class_names[:8]) + (", ..." if data.num_classes > 8 else "")
 
 
-def check_classes(data: ImageDataset, model: BlockedDiTModel) -> None:
-    """Raise a ``ValueError`` for data with more classes than the model has."""
-    building.check_classes(data, model.config.num_classes, "class_labels", "model.num_embeds_ada_norm")
+def check_classes(data: ImageDataset, model: BlockedPreTrainedModel, key: str) -> None:
+    """Raise a ``ValueError`` for data with more classes than the model has, by ``key`` of the section ``model``."""
+    building.check_classes(data, model.config.num_classes, "class_labels", f"model.{key}")
 
 
 def build_trainer(
@@ -99,15 +97,15 @@ def build_trainer(
 ) -> DiffusionBlocksTrainer:
     """The trainer of a recipe; see ``building.make_trainer``."""
 
-    def prepare(model: BlockedDiTModel) -> None:
-        check_classes(train, model)
+    def prepare(model: BlockedPreTrainedModel) -> None:
+        check_classes(train, model, recipe.kind.classes_key)
         building.name_classes(model, train)
 
-    def load_teacher(args: DiffusionBlocksTrainingArguments) -> BlockedDiTModel | None:
+    def load_teacher(args: DiffusionBlocksTrainingArguments) -> BlockedPreTrainedModel | None:
         if args.distillation_weight <= 0:
             return None
         settings = {k: v for k, v in recipe.blocks.items() if k not in ("num_blocks", "layers_per_block", "edges")}
-        return BlockedDiTModel.from_base(building.base_to_distil(recipe), num_blocks=1, **settings)
+        return recipe.kind.model_class.from_base(building.base_to_distil(recipe), num_blocks=1, **settings)
 
     return building.make_trainer(
         recipe, train, held_out, prepare=prepare, load_teacher=load_teacher, blocks=blocks, callbacks=callbacks

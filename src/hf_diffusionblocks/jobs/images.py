@@ -18,27 +18,16 @@ from ..pipelines import BlockedDiTPipeline, decode_latents
 from ..recipes import Recipe
 from ..training import DiffusionBlocksTrainer
 from .common import Say, check_output, loading, new_directory, pick_device, say_figures
-from .image_advice import image_advice
+from .image_advice import plan_images
 from .image_pieces import LATENTS, build_trainer, check_classes, data_line, is_latent_source, load_data, load_vae
-from .planning import planned_memory
+from .planning import Plan
 from .run import Pictures, Run
 from .sample_files import write_samples
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``; see ``hf_diffusionblocks.jobs.plan``."""
-    recipe = resolve_method(recipe)
-    config = recipe.config()
-    table = planned_memory(config, recipe)
-    with torch.device("meta"):
-        model = BlockedDiTModel(config)
-    say(format_block_parameters(model))
-    say("")
-    say(str(table))
-    lines, advised = image_advice(recipe, config)
-    for line in ("", *lines):
-        say(line)
-    return table.to_dict() | advised
+def plan(recipe: Recipe) -> Plan:
+    """What ``diffusionblocks plan`` prints; see ``hf_diffusionblocks.jobs.plan``."""
+    return plan_images(recipe)
 
 
 class ImageRun(Run):
@@ -127,8 +116,8 @@ class ImageRun(Run):
             ("losses", plots.plot_losses(self.output, folder / "losses.png")),
         ]
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
-        labels = list(range(min(4, self.train_data.num_classes)))
+    def usage_lines(self, model: BlockedDiTModel, model_dir: Path) -> list[str]:
+        labels = list(range(min(4, model.config.num_classes)))
         return [
             "from hf_diffusionblocks import BlockedDiTPipeline",
             f"pipe = BlockedDiTPipeline.from_pretrained({str(model_dir)!r})",
@@ -169,10 +158,12 @@ def record_denoising(
     return steps
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedDiTModel
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained DiT into blocks and save it."""
     target = new_directory(output_dir)
-    model = BlockedDiTModel.from_base(base, **settings)
+    model = kind.from_base(base, **settings)
     scheduler, vae = load_components(base, **hub_settings(settings))
     if model.config.preconditioning != "vp_epsilon":
         scheduler = None  # it is for the noise levels that the base was trained on
@@ -236,7 +227,7 @@ def evaluate(
     pipe = BlockedDiTPipeline.from_pretrained(model_dir).to(pick_device())
     train_data, test_data = load_data(recipe)
     cache = Path(model_dir).parent / "cache" if Path(model_dir).is_dir() else Path("cache")
-    check_classes(train_data, pipe.model)
+    check_classes(train_data, pipe.model, recipe.kind.classes_key)
     vae = pipe.vae or load_vae(recipe)
     if vae is not None:
         vae.to(pipe.model.device)

@@ -8,25 +8,22 @@ import torch
 from ..evaluation.masked_text import fill_text, gap_tokens, score_masked_text
 from ..families.masked_lm import BlockedForMaskedLM
 from ..families.masked_lm_config import BlockedMaskedLMConfig
-from ..modeling import format_block_parameters
 from ..recipes import Recipe
 from ..recipes.sections import MaskedSampling
 from .common import Say
-from .planning import compute_lines, compute_values, planned_compute, planned_memory
+from .planning import Plan, compute_lines, compute_values, planned_compute, planned_memory
 from .run import Pictures
 from .text_pieces import load_model
 from .text_runs import TextRun, chosen_sampling, convert_text, evaluate_text, planned_text, shared_parts
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: parameters by block, memory and compute."""
+def plan(recipe: Recipe) -> Plan:
+    """What ``diffusionblocks plan`` prints: parameters by block, memory and compute."""
     recipe, config = planned_text(recipe)
-    table, cost = planned_memory(config, recipe), planned_compute(config, recipe)
+    memory, cost = planned_memory(config, recipe), planned_compute(config, recipe)
     with torch.device("meta"):
-        model = BlockedForMaskedLM(config)
-    for line in (format_block_parameters(model), *shared_parts(model), "", str(table), "", *compute_lines(cost)):
-        say(line)
-    return table.to_dict() | {"compute": compute_values(cost)}
+        model = recipe.kind.model_class(config)
+    return Plan(recipe, model, memory, shared_parts(model), compute_lines(cost), {"compute": compute_values(cost)})
 
 
 class MaskedTextRun(TextRun):
@@ -45,9 +42,10 @@ class MaskedTextRun(TextRun):
     def write_text(self, model: BlockedForMaskedLM, prompt: str, seed: int) -> str:
         return fill_text(model, self.tokenizer, prompt, self.recipe.sampling, seed=seed)
 
-    def how(self) -> str:
+    def how(self, config: BlockedMaskedLMConfig) -> str:
         s = self.recipe.sampling
-        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}, top-p {s.top_p:g}"
+        top_k = "" if s.top_k is None else f", top-k {s.top_k}"
+        return f"{s.steps} steps, order {s.order}, temperature {s.temperature:g}{top_k}, top-p {s.top_p:g}"
 
     def shown(self, prompt: str, text: str) -> str:
         return prompt if text.startswith(prompt) else ""  # where it had gaps, nothing stands in front
@@ -64,7 +62,7 @@ class MaskedTextRun(TextRun):
             ("the partition", plots.plot_partition(model.partition, folder / "partition.png")),
         ]
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForMaskedLM, model_dir: Path) -> list[str]:
         return [
             "from transformers import AutoTokenizer",
             "from hf_diffusionblocks import BlockedForMaskedLM, unmask",
@@ -74,9 +72,11 @@ class MaskedTextRun(TextRun):
         ]
 
 
-def convert(base: str, output_dir: str, settings: dict[str, Any], say: Say = print) -> Path:
+def convert(
+    base: str, output_dir: str, settings: dict[str, Any], say: Say = print, kind: Any = BlockedForMaskedLM
+) -> Path:
     """``diffusionblocks convert``: cut a pretrained masked language model into blocks, saved with its tokenizer."""
-    return convert_text(BlockedForMaskedLM, base, output_dir, settings, say=say)
+    return convert_text(kind, base, output_dir, settings, say=say)
 
 
 def sample_masked(

@@ -18,9 +18,10 @@ from ..recipes import Recipe
 from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
 from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
+from ..training.run_record import read_record, record_run
 from ..units import human_seconds
 from .common import Say, merge_jobs, say_where, trainer_says
-from .planning import planned_memory
+from .planning import memory_lines, planned_memory
 
 Pictures = list[tuple[str, Path]]
 _OF_THE_RUN = ("output_dir", "disable_tqdm")  # settings that say nothing of the model
@@ -35,6 +36,7 @@ class Run:
         lower: for a block of a cascade, the directory of a model that holds the trained blocks below it.
         report: draw and score at the end, and write a report.
         say: prints.
+        command: that began the run, for the model's card.
     """
 
     def __init__(
@@ -45,8 +47,10 @@ class Run:
         lower: str | None = None,
         report: bool = True,
         say: Say = print,
+        command: str | None = None,
     ) -> None:
         self.recipe, self.blocks, self.lower, self.report, self.say = recipe, blocks, lower, report, say
+        self.command = command
         self.train_data: Any = None
         self.test_data: Any = None
 
@@ -92,7 +96,7 @@ class Run:
         """Lines that show a sample."""
         return []
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedPreTrainedModel, model_dir: Path) -> list[str]:
         """The lines of Python that load a saved model and use it."""
         raise TypeError(f"{type(self).__name__} must define usage_lines().")
 
@@ -132,17 +136,23 @@ class Run:
         self._say(*self.data_lines(trainer.model), format_block_parameters(trainer.model), *self.parts(trainer.model))
         if trainer.group.is_leader:
             serialization.write_json(self.output / RECIPE_NAME, self.recipe.to_dict())
+            record_run(trainer.output_dir, trainer.accelerator.device, self.command, resumed)
         summary = trainer.train(resume_from_checkpoint=resume)
         model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
         if not trainer.group.is_leader:
             return model_dir
+        record_run(trainer.output_dir, trainer.accelerator.device, self.command, resumed=True)
         self.save_beside(trainer.model, model_dir)
-        taken = human_seconds(summary["training_seconds"])
+        before, seconds = trainer.status.first, summary["training_seconds"]
+        done = _done(summary["iterations"], before, seconds)
+        known = self._known_figures() if before == summary["iterations"] else {}  # the model that was scored then
         if resumed:  # the seconds are those of this process only: no figure of the run
-            taken += " since it was resumed"
             del summary["training_seconds"]
-        self.write_card(trainer.model, model_dir, {k: v for k, v in summary.items() if k == "training_seconds"})
-        self._say(f"trained {summary['iterations']} updates in {taken}; model saved in {model_dir}")
+            summary |= {name: known[name] for name in ("training_seconds",) if name in known}
+        else:
+            known = {"training_seconds": seconds}
+        self.write_card(trainer.model, model_dir, known)
+        self._say(f"{done}; model saved in {model_dir}")
         return self._finish(trainer, model_dir, summary)
 
     def _finish(self, trainer: DiffusionBlocksTrainer, model_dir: Path, summary: dict[str, Any]) -> Path:
@@ -173,23 +183,32 @@ class Run:
         pictures += self.plot(model, figures, memory, folder)
         model_dir = self.output / MODEL_DIR
         self.write_card(model, model_dir, figures)
-        self._say("", str(memory), "", format_figures(figures), "", *self.sample_lines())
-        say_where(pictures, model_dir, self.usage_lines(model_dir), self.say)
+        self._say("", *memory_lines(memory), "", format_figures(figures), "", *self.sample_lines())
+        say_where(pictures, model_dir, self.usage_lines(model, model_dir), self.say)
         return figures
 
-    def write_card(self, model: BlockedPreTrainedModel, model_dir: Path, figures: dict[str, Any]) -> None:
-        """Write a model's card into its directory."""
+    def write_card(
+        self, model: BlockedPreTrainedModel, model_dir: Path, figures: dict[str, Any], path: Path | None = None
+    ) -> None:
+        """Write a model's card into its directory, or to ``path``."""
         recipe = self.recipe
         card = model_card(
             model,
             title=recipe.name,
-            usage="\n".join(self.usage_lines(model_dir)),
+            usage="\n".join(self.usage_lines(model, model_dir)),
             training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k not in _OF_THE_RUN}},
             figures=figures,
             dataset=recipe.data.name if isinstance(recipe.data.name, str) else None,
+            made=read_record(self.output),
+            license=recipe.license,
             **self.card_settings(),
         )
-        write_model_card(model_dir, card)
+        write_model_card(model_dir if path is None else path, card)
+
+    def _known_figures(self) -> dict[str, Any]:
+        """What was measured when this run had come to its end before; empty if it has not."""
+        path = self.output / FIGURES_DIR / FIGURES_NAME
+        return serialization.read_json(path) if path.is_file() else {}
 
     def _load(self, model_dir: Path, device: torch.device) -> BlockedPreTrainedModel:
         return self.recipe.kind.model_class.from_pretrained(model_dir).to(device)
@@ -197,3 +216,12 @@ class Run:
     def _say(self, *lines: str) -> None:
         for line in lines:
             self.say(line)
+
+
+def _done(iterations: int, before: int, seconds: float) -> str:
+    """What this process trained, in words; ``before`` it, so many of the run's iterations had been made."""
+    if before == iterations:
+        return f"nothing was left to train: all {iterations} updates had been made"
+    if before:
+        return f"trained {iterations - before} of {iterations} updates in {human_seconds(seconds)} since it was resumed"
+    return f"trained {iterations} updates in {human_seconds(seconds)}"

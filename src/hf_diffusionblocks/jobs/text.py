@@ -11,22 +11,22 @@ from ..evaluation import generate_text, prompt_tokens, score_text
 from ..families.categorical_config import PLAIN
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.causal_lm_config import BlockedCausalLMConfig
+from ..families.recurrent_config import BlockedRecurrentConfig
 from ..memory import MemoryPlan
-from ..modeling import format_block_parameters
 from ..recipes import Recipe
 from ..recipes.sections import TextSampling
 from .advice import SmallModel, advice, advice_values, small_model
 from .common import Say
-from .planning import compute_lines, planned_compute, planned_memory
+from .planning import Plan, compute_lines, planned_compute, planned_memory
 from .run import Pictures
 from .text_pieces import load_model
 from .text_runs import TextRun, chosen_sampling, convert_text, evaluate_text, planned_text, shared_parts
 
 
-def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
-    """``diffusionblocks plan``: parameters by block, memory, compute, and whether blocks pay."""
+def plan(recipe: Recipe) -> Plan:
+    """What ``diffusionblocks plan`` prints: parameters by block, memory, compute, and whether blocks pay."""
     recipe, config = planned_text(recipe)
-    table = planned_memory(config, recipe)
+    memory = planned_memory(config, recipe)
     read, lower = _tokens_read(recipe)
     cost = planned_compute(config, recipe, **lower)
     with torch.device("meta"):
@@ -34,9 +34,8 @@ def plan(recipe: Recipe, say: Say = print) -> dict[str, Any]:
     layer = sum(p.numel() for p in model.block(0).model.layers[0].parameters())
     small = _small_model(config, recipe, layer, cost, read)
     advised = advice(config, cost, small)
-    for line in (format_block_parameters(model), *_parts(model), "", str(table), "", *compute_lines(cost), "", advised):
-        say(line)
-    return table.to_dict() | {"compute": dict(advice_values(cost, small)), "advice": advised}
+    values = {"compute": dict(advice_values(cost, small)), "advice": advised}
+    return Plan(recipe, model, memory, _parts(model), [*compute_lines(cost), "", advised], values)
 
 
 def _tokens_read(recipe: Recipe) -> tuple[float | None, dict[str, Any]]:
@@ -99,10 +98,14 @@ class CausalTextRun(TextRun):
     def write_text(self, model: BlockedForCausalLM, prompt: str, seed: int) -> str:
         return generate_text(model, self.tokenizer, prompt, self.recipe.sampling, seed=seed)
 
-    def how(self) -> str:
+    def how(self, config: BlockedCausalLMConfig) -> str:
         s = self.recipe.sampling
         how = f"temperature {s.temperature:g}, top-p {s.top_p:g}" if s.do_sample else "the likeliest token"
-        if s.mode == "denoise":
+        if isinstance(config, BlockedRecurrentConfig):
+            times = s.steps if s.mode == "denoise" and s.steps else config.recurrences
+            where = " along the noise grid" if s.mode == "denoise" and config.two_stream else ""
+            how += f", {times} recurrence{'s' * (times > 1)} per token{where}"
+        elif s.mode == "denoise":
             how += f", along the noise grid ({s.steps or 'B'} steps, {s.bridge})"
         return how
 
@@ -126,7 +129,7 @@ class CausalTextRun(TextRun):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForCausalLM, model_dir: Path) -> list[str]:
         prompt = self.recipe.sampling.prompts[0]
         call = f"pipeline('text-generation', {str(model_dir)!r})({prompt!r}, max_new_tokens=50)"
         return [

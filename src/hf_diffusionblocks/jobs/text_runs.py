@@ -45,7 +45,7 @@ class TextRun(Run):
         """A sample of a trained model."""
         raise TypeError(f"{type(self).__name__} must define write_text().")
 
-    def how(self) -> str:
+    def how(self, config: DiffusionBlocksConfig) -> str:
         """How samples are drawn, in words."""
         raise TypeError(f"{type(self).__name__} must define how().")
 
@@ -91,11 +91,12 @@ class TextRun(Run):
 
         seed = self.recipe.training_arguments().seed
         prompts = enumerate(self.recipe.sampling.prompts)
+        self.drawn_by = self.how(model.config)
         self.samples = [(prompt, self.write_text(model, prompt, seed + i)) for i, prompt in prompts]
         lines = "\n\n".join(text for _, text in self.samples) + "\n"
         serialization.atomic_write(folder / "samples.txt", lambda path: path.write_text(lines, encoding="utf-8"))
         drawn = [(self.shown(prompt, text), text) for prompt, text in self.samples]
-        title = f"{self.recipe.name}: {self.how()}"
+        title = f"{self.recipe.name}: {self.drawn_by}"
         return [
             ("losses", plots.plot_losses(self.output, folder / "losses.png", self.loss_unit, "whole model")),
             *self.plot_bits(model, figures, folder),
@@ -104,7 +105,7 @@ class TextRun(Run):
         ]
 
     def sample_lines(self) -> list[str]:
-        return [f"sample ({self.how()}):", "", self.samples[0][1], ""]
+        return [f"sample ({self.drawn_by}):", "", self.samples[0][1], ""]
 
     def card_settings(self) -> dict[str, Any]:
         return {"pipeline_tag": self.task, "base_model": self.recipe.model.get("base")}

@@ -24,7 +24,24 @@ _OBJECTIVES: dict[type[DiffusionBlocksConfig], tuple[type, type]] = {
 }
 
 
+def register_objective(config_class: type[DiffusionBlocksConfig], local: type, exact: type | None = None) -> None:
+    """Say how a family of your own is trained: ``default_objective`` then makes its objectives.
+
+    Args:
+        config_class: of the family.
+        local: the objective of a block alone, a dataclass; ``LabelPrediction`` is an example.
+        exact: that with the whole chain's exact gradient; the local one if there is none.
+    """
+    _OWN[config_class] = (local, exact or local)
+
+
+_OWN: dict[type[DiffusionBlocksConfig], tuple[type, type]] = {}
+
+
 def _kinds(config: DiffusionBlocksConfig) -> tuple[type, type]:
+    own = next((_OWN[c] for c in type(config).__mro__ if c in _OWN), None)
+    if own is not None:
+        return own
     if isinstance(config, BlockedRecurrentConfig):  # a causal language model's, too: asked for first
         return (RecurrentDenoising if config.two_stream else TruncatedBackpropagation,) * 2
     return next((k for c, k in _OBJECTIVES.items() if isinstance(config, c)), (DenoisingScoreMatching,) * 2)
@@ -69,5 +86,6 @@ __all__ = [
     "default_objective",
     "denoise_routed",
     "held_out_loss",
+    "register_objective",
     "weighted_error",
 ]

@@ -160,9 +160,10 @@ def find_table(name_or_number: str) -> PaperTable:
         if name_or_number in (table.name, str(table.number)):
             return table
     names = [table.name for table in tables()]
+    unknown = unknown_name("table", name_or_number, [*names, "list"])
     raise ValueError(
-        f"{unknown_name('table', name_or_number, names)} Or a number from 1 to {len(names)}, of this list and not of "
-        "the paper: `diffusionblocks evaluate --table list`."
+        f"{unknown} Or a number from 1 to {len(names)}, of this list and not of the paper: `diffusionblocks evaluate "
+        "--table list`."
     )
 
 

@@ -31,6 +31,7 @@ class Recipe:
         method: ``blocked``; or a baseline: ``end_to_end`` (all L layers at once) or ``shallow`` (L / B layers).
         match: ``updates`` or ``compute``: a shallow baseline gets the blocks' updates, or as many as cost the same.
         layers: number of layers of a shallow baseline; by default L / B, rounded up.
+        license: of the weights, the Hub's identifier (``apache-2.0``), for the model's card.
         model: config of the base network (of a language model: with its ``model_type``), or ``base``: a directory or
             Hub id to convert.
         blocks: fields of the blocked model's config.
@@ -42,6 +43,7 @@ class Recipe:
     method: str = "blocked"
     match: str = "updates"
     layers: int | None = None
+    license: str | None = None
     model: dict[str, Any] = field(default_factory=dict)
     blocks: dict[str, Any] = field(default_factory=dict)
     # Each of a class that the family's `kind` names: what holds for one kind is checked there, not by types.
@@ -184,9 +186,15 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     family = values.setdefault("family", "dit")
     for name, allowed in (("family", tuple(FAMILIES)), ("method", METHODS), ("match", MATCHES)):
         if values.get(name, allowed[0]) not in allowed:
-            raise ValueError(unknown_name(name, values[name], allowed))
+            own = (
+                " One of your own is known where its module was imported: --import MODULE." if name == "family" else ""
+            )
+            raise ValueError(unknown_name(name, values[name], allowed) + own)
     if not isinstance(values.get("name", ""), str):
         raise ValueError(f"name={values['name']!r:.60} must be text: the recipe's name.")
+    license = values.get("license")
+    if license is not None and (not isinstance(license, str) or not license.strip()):
+        raise ValueError(f"license={license!r:.60} must be the Hub's identifier of a licence, such as apache-2.0.")
     kind = FAMILIES[family]
     for name in ("data", "sampling", "evaluation"):
         section = values.get(name) or {}
@@ -201,6 +209,11 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     recipe = Recipe(**values)
     if recipe.layers is not None:
         _check_layers(recipe)
+    if recipe.method == "blocked" and recipe.match != "updates":
+        raise ValueError(
+            f"match={recipe.match} is for a baseline, and method=blocked is what baselines are matched with: choose "
+            "method=end_to_end or shallow as well, or leave match out."
+        )
     args = recipe.training_arguments()
     recipe.training = {name: getattr(args, name) for name in recipe.training}  # YAML reads 1e-4 as text
     if kind.has_text:

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedTokenizerBase
 from ..configuration import DiffusionBlocksConfig
 from ..data.tokenizing import check_tokenizer, tokenizer_size
 from ..families import causal_lm_config, dit, image_classification_config, masked_lm_config, recurrent_config
+from ..families.base_config import fields_of
 from ..families.categorical_config import PLAIN
 from ..families.causal_lm import BlockedForCausalLM
 from ..families.dit import BlockedDiTModel
@@ -91,6 +92,9 @@ class Family:
             equal compute need it counted.
         hides_tokens: whether its tokenizer needs a mask token.
         example: the name of one of its recipes.
+        bases_of: a family whose bases it may be cut from as well, where ``convert`` is told to.
+        image_keys: keys of the section ``model`` for side and channels of its images.
+        classes_key: key of the section ``model`` for the number of classes of its images.
     """
 
     data: type
@@ -108,6 +112,9 @@ class Family:
     counts_compute: bool = False
     hides_tokens: bool = False
     example: str = ""
+    bases_of: str | None = None
+    image_keys: tuple[str, str] = ("sample_size", "in_channels")
+    classes_key: str = "num_labels"
 
     @property
     def cascades(self) -> bool:
@@ -134,6 +141,7 @@ FAMILIES = {
         dit_keys,
         "images",
         example="digits-dit",
+        classes_key="num_embeds_ada_norm",
     ),
     "causal_lm": Family(
         TextData,
@@ -163,6 +171,7 @@ FAMILIES = {
         plain=PLAIN,
         counts_compute=True,
         example="digits-vit",
+        image_keys=("image_size", "num_channels"),
     ),
     "masked_lm": Family(
         TextData,
@@ -180,6 +189,7 @@ FAMILIES = {
         counts_compute=True,
         hides_tokens=True,
         example="pydoc-md4",
+        bases_of="causal_lm",
     ),
     "recurrent": Family(
         TextData,
@@ -195,6 +205,7 @@ FAMILIES = {
         kept=frozenset(recurrent_config.BlockedRecurrentConfig.__annotations__) - {"readout", "context", "noise_per"},
         counts_compute=True,
         example="pydoc-recurrent",
+        bases_of="causal_lm",
     ),
 }
 
@@ -242,7 +253,7 @@ def language_model_config(
 
     Where tokens are hidden and there is no tokenizer yet, the last token stands for its mask token.
     """
-    hides = "mask_token_id" in kind.config_class.__annotations__ and "mask_token_id" not in blocks
+    hides = "mask_token_id" in fields_of(kind.config_class) and "mask_token_id" not in blocks
     if hides and tokenizer is not None:
         blocks = {**blocks, "mask_token_id": tokenizer.mask_token_id}
     if "base" in model:

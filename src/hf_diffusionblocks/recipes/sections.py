@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config_checks import settle
 from ..generation import BRIDGES
+from ..masked_generation import ORDERS as UNMASKING_ORDERS
 from ..masked_generation import UnmaskingConfig
 from ..sampling import GRIDS, SOLVERS
 from ..suggest import unknown_name
@@ -172,7 +173,7 @@ class MaskedSampling:
     Attributes:
         prompts: texts to complete; ``<mask:12>`` in one is a gap of 12 tokens. May be empty: a text from nothing.
         max_new_tokens: tokens to add after each prompt, revealed in the same walk; 0 fills gaps only.
-        steps, order, temperature, top_p: see ``UnmaskingConfig``.
+        steps, order, temperature, top_k, top_p: see ``UnmaskingConfig``.
     """
 
     prompts: list[str] = field(default_factory=lambda: ["The "])
@@ -180,6 +181,7 @@ class MaskedSampling:
     steps: int = 64
     order: str = "random"
     temperature: float = 1.0
+    top_k: int | None = None
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
@@ -189,8 +191,10 @@ class MaskedSampling:
         if not self.prompts or not all(isinstance(prompt, str) for prompt in self.prompts):
             raise ValueError(f"sampling.prompts={self.prompts!r} must list texts; '' writes one from nothing.")
         _check_whole("sampling", self, max_new_tokens=0)
+        if self.order not in UNMASKING_ORDERS:
+            raise ValueError(unknown_name("sampling.order", self.order, UNMASKING_ORDERS))
         try:
-            UnmaskingConfig(self.steps, self.order, self.temperature, self.top_p)
+            UnmaskingConfig(self.steps, self.order, self.temperature, self.top_p, self.top_k)
         except ValueError as error:
             raise ValueError(f"sampling.{error}") from error
 

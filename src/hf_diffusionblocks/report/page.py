@@ -12,8 +12,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ..run_names import REPORT_NAME
+from ..versions import versions
 from .charts import block_class, loss_chart
-from .run_state import Picture, RunReader, RunState, versions
+from .run_state import Picture, RunReader, RunState
 
 TEMPLATES = Path(__file__).parent / "templates"
 SECTIONS = ("progress", "losses", "blocks", "shares", "samples", "pictures", "figures", "settings", "usage")

@@ -10,7 +10,6 @@ import re
 import statistics
 import time
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from ..run_names import (
     UPDATES_NAME,
     find_jobs,
 )
+from .shares import Shares, chosen_shares, finite
 
 _MAX_JSON_BYTES = 4 << 20
 _MAX_TEXT = 20_000  # characters of samples that a page shows
@@ -74,7 +74,8 @@ class RunState:
         state: ``waiting`` (nothing is there yet), ``training``, ``quiet`` (it should have written by now), ``stopped``,
             ``finished``, or ``unknown`` (there are logs, but no status).
         losses: of each block, the number of each update and its loss.
-        shares: a title, what the numbers are, whether they add up to a whole, and one number per block; or None.
+        shares: the likelihood of the last evaluation by block, or what comes nearest; None before there is any.
+        shared_out: whether the run's likelihood is a sum over blocks, which an evaluation measures.
     """
 
     directory: Path
@@ -85,7 +86,8 @@ class RunState:
     left: float | None = None
     blocks: list[Block] = field(default_factory=list)
     losses: dict[int, tuple[list[int], list[float]]] = field(default_factory=dict)
-    shares: tuple[str, str, bool, list[float]] | None = None
+    shares: Shares | None = None
+    shared_out: bool = False
     samples: list[Picture] = field(default_factory=list)
     text: str | None = None
     pictures: list[Picture] = field(default_factory=list)
@@ -161,7 +163,7 @@ class RunReader:
         run.figures = read_object(folder / FIGURES_NAME)
         _take_status(run, [self.directory, *jobs], time.time() if now is None else now)
         _complete_blocks(run)
-        run.shares = _shares(run.figures) or _held_out(self.directory / EVALUATIONS_NAME)
+        run.shares = chosen_shares(run.figures, self.directory / EVALUATIONS_NAME)
         pictures = _pictures(self.directory, FIGURES_DIR)
         final = [p for p in pictures if Path(p.name).stem == "samples"]
         run.samples = final or _pictures(self.directory, SAMPLES_DIR)[-1:]
@@ -194,12 +196,6 @@ def read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _number(value: Any) -> float | None:
-    """A finite number, or None."""
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return value if good else None
-
-
 def _take_status(run: RunState, directories: list[Path], now: float) -> None:
     """What the trainers say of themselves: one, or one per process of the run."""
     statuses = [status for path in directories if (status := read_object(path / STATUS_NAME))]
@@ -209,20 +205,21 @@ def _take_status(run: RunState, directories: list[Path], now: float) -> None:
         return
     states, lefts, seconds = [], [], []
     for status in statuses:
-        pace = _number(status.get("seconds_per_update")) or 0.0
-        todo = (_number(status.get("iterations")) or 0) - (_number(status.get("iteration")) or 0)
-        run.iteration += int(_number(status.get("iteration")) or 0)
-        run.iterations = (run.iterations or 0) + int(_number(status.get("iterations")) or 0)
+        pace = finite(status.get("seconds_per_update")) or 0.0
+        todo = (finite(status.get("iterations")) or 0) - (finite(status.get("iteration")) or 0)
+        run.iteration += int(finite(status.get("iteration")) or 0)
+        run.iterations = (run.iterations or 0) + int(finite(status.get("iterations")) or 0)
         state = status.get("state")
-        silent = now - (_number(status.get("updated")) or 0.0)
+        silent = now - (finite(status.get("updated")) or 0.0)
         if state == "training":
-            if silent > max(120.0, 5 * pace * (_number(status.get("logging_steps")) or 1)):
+            if silent > max(120.0, 5 * pace * (finite(status.get("logging_steps")) or 1)):
                 state = "quiet"
             elif pace:
                 lefts.append(max(0.0, todo * pace - silent))
         states.append(state if state in ("training", "quiet", "stopped", "finished") else "unknown")
-        seconds.append((_number(status.get("seconds")) or 0.0) + (silent if state == "training" else 0.0))
+        seconds.append((finite(status.get("seconds")) or 0.0) + (silent if state == "training" else 0.0))
         run.blocks += _status_blocks(status, state == "training")
+    run.shared_out = any(status.get("likelihood_shares") is True for status in statuses)
     run.state = next((s for s in ("training", "quiet", "stopped", "unknown") if s in states), "finished")
     run.seconds = max(seconds)
     run.left = max(lefts) if lefts and run.state == "training" else None
@@ -251,38 +248,6 @@ def _complete_blocks(run: RunState) -> None:
         block = known.setdefault(number, Block(number))
         block.updates, block.loss = max(block.updates, x[-1]), statistics.fmean(y[-_LAST:])
     run.blocks = [known[number] for number in sorted(known)]
-
-
-def _shares(figures: dict[str, Any]) -> tuple[str, str, bool, list[float]] | None:
-    """The figure by block that says most of the likelihood: the bound's shares, then what each block alone reaches."""
-    names = [n for n, v in figures.items() if n.endswith(("_per_block", "_per_range")) and isinstance(v, list) and v]
-    order = [n for start in ("bound_", "local_", "held_out_loss", "") for n in names if n.startswith(start)]
-    for name in order:
-        given = [_number(v) for v in figures[name]]
-        values = [v for v in given if v is not None]
-        if len(values) == len(given):
-            unit = re.sub(r"_per_(block|range)$", "", name).replace("_", " ")
-            if name.startswith("bound_"):
-                return "Share of the likelihood by block", unit, True, values
-            return "Held-out figures by block", unit, False, values
-    return None
-
-
-def _held_out(path: Path) -> tuple[str, str, bool, list[float]] | None:
-    """The last held-out losses by block in ``evaluations.jsonl``."""
-    lines = (_read_text(path, _MAX_JSON_BYTES) or "").splitlines()
-    for line in reversed(lines):
-        try:
-            row = json.loads(line)
-            given = {int(k.rpartition("_")[2]): _number(v) for k, v in row.items() if k.startswith("eval_loss/block_")}
-            iteration = int(row["iteration"])
-        except (ValueError, TypeError, KeyError, AttributeError):
-            continue
-        values = {block: v for block, v in given.items() if v is not None}
-        if given and sorted(values) == list(range(len(given))):
-            unit = f"held-out loss after iteration {iteration:,}"
-            return "Held-out loss by block", unit, False, [values[b] for b in range(len(values))]
-    return None
 
 
 def _pictures(directory: Path, folder: str) -> list[Picture]:
@@ -315,15 +280,3 @@ def _usage(card: Path) -> str | None:
     """The lines that load the model: the first Python of its card."""
     found = re.search(r"```python\n(.*?)```", _read_text(card, 100_000) or "", flags=re.DOTALL)
     return found.group(1).strip() if found else None
-
-
-def versions() -> dict[str, str]:
-    """Versions of this library and of what it stands on."""
-    names = ("hf-diffusionblocks", "torch", "transformers", "diffusers", "accelerate")
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

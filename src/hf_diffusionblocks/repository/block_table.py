@@ -17,6 +17,14 @@ _TASKS = {
     "blocked_masked_lm": "fill-mask",
     "blocked_recurrent": "text-generation",
 }
+
+
+def register_task(model_type: str, like: str) -> None:
+    """Give models of a family of your own the task on the Hub of those of another ``model_type``."""
+    if like in _TASKS:
+        _TASKS[model_type] = _TASKS[like]
+
+
 _BEGIN, _END = "<!-- blocks in this repository -->", "<!-- end of blocks -->"
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ..run_names import EVALUATIONS_NAME, JOB_PREFIX, REPORT_NAME, STATUS_NAME, UPDATES_NAME, find_jobs
+from ..run_names import EVALUATIONS_NAME, JOB_PREFIX, RECORD_NAME, REPORT_NAME, STATUS_NAME, UPDATES_NAME, find_jobs
 from .checkpoint import find_checkpoints
 
 
@@ -67,7 +67,7 @@ def overwrite_run(output_dir: Path) -> None:
         )
     for path in [*find_checkpoints(output_dir), *jobs, output_dir / "model", output_dir / "samples"]:
         shutil.rmtree(path, ignore_errors=True)
-    for name in (UPDATES_NAME, EVALUATIONS_NAME, STATUS_NAME, REPORT_NAME):
+    for name in (UPDATES_NAME, EVALUATIONS_NAME, STATUS_NAME, RECORD_NAME, REPORT_NAME):
         (output_dir / name).unlink(missing_ok=True)
 
 

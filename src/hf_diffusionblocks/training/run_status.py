@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from ..likelihood.shares import is_shared_out
 from ..run_names import STATUS_NAME
 from ..strict_json import known, to_json
 
@@ -82,5 +83,6 @@ class RunStatus(TrainerCallback):
             "updated": self.written,
             "device": str(trainer.accelerator.device),
             "active": trainer.schedule[trainer.iteration - 1] if trainer.iteration else None,  # made the last update
+            "likelihood_shares": is_shared_out(trainer.model.config),
             "blocks": blocks,
         }

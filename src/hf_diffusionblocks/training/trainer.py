@@ -10,9 +10,11 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 
+from ..likelihood.shares import likelihood_shares
 from ..merging import merge_run
 from ..modeling import BlockedPreTrainedModel, enable_checkpointing
 from ..objectives import HeldOutLoss, default_objective, held_out_loss
+from ..run_names import EVALUATIONS_NAME, LOSS_NAME, SHARE_NAME, UPDATES_NAME
 from ..serialization import remove_tree
 from .arguments import DiffusionBlocksTrainingArguments
 from .block_order import block_schedule, is_sequential
@@ -32,18 +34,10 @@ from .checkpoint import (
 from .data_stream import check_dataset
 from .parallel import Group, keep_blocks, make_accelerator
 from .residency import make_residency
-from .run_files import (
-    EVALUATIONS_NAME,
-    UPDATES_NAME,
-    check_other_jobs,
-    flat_values,
-    job_directory,
-    set_aside,
-    truncate_logs,
-)
+from .run_files import check_other_jobs, flat_values, job_directory, set_aside, truncate_logs
 from .run_status import RunStatus
 from .stopping import StopRequest
-from .update_log import NonFiniteLossError, append_rows, block_means, last_losses, read_rows
+from .update_log import NonFiniteLossError, append_rows, block_means, by_block, last_losses, read_rows
 
 
 class DiffusionBlocksTrainer:
@@ -320,17 +314,16 @@ class DiffusionBlocksTrainer:
         return self.residency.averaged()
 
     def evaluate(self, dataset: Any | None = None, num_draws: int = 1) -> HeldOutLoss:
-        """Held-out denoising loss of the averaged weights, over all noise and per block's range; logged."""
+        """Held-out loss of the averaged weights, over all noise and per block; logged, with likelihood_shares."""
         dataset = self.eval_dataset if dataset is None else dataset
         if dataset is None:
             raise ValueError("no held-out data: give eval_dataset to the trainer or a data set to evaluate().")
         with self.averaged_weights():
             held_out = getattr(self.objective, "held_out", held_out_loss)
-            result = held_out(
-                self.model, dataset, num_draws=num_draws, max_samples=self.args.eval_samples, seed=self.args.seed
-            )
-        values = {"eval_loss": result.total}
-        values |= {f"eval_loss/block_{b}": v for b, v in enumerate(result.per_range)}
+            rows: dict[str, Any] = {"max_samples": self.args.eval_samples, "seed": self.args.seed}
+            result = held_out(self.model, dataset, num_draws=num_draws, **rows)
+            shares = [] if self.group.sharded else likelihood_shares(self.model, dataset, result, **rows)
+        values = {LOSS_NAME: result.total, **by_block(LOSS_NAME, result.per_range), **by_block(SHARE_NAME, shares)}
         if self.group.is_leader:
             self.output_dir.mkdir(parents=True, exist_ok=True)
             append_rows(self.output_dir / EVALUATIONS_NAME, [{"iteration": self.iteration, **values}])

@@ -1,6 +1,7 @@
 """Losses of updates: kept on the device until they are written, checked then."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,11 @@ def block_means(rows: list[Row]) -> dict[str, float]:
         for name in mine[0].keys() - {"block", "update", "iteration"}:
             means[f"{name}/block_{block}"] = sum(row[name] for row in mine) / len(mine)
     return means
+
+
+def by_block(name: str, values: Sequence[float]) -> dict[str, float]:
+    """Figures of blocks as a log has them, ``name/block_0`` and so on."""
+    return {f"{name}/block_{block}": value for block, value in enumerate(values)}
 
 
 def last_losses(path: Path, count: int = 50) -> dict[int, float]:
