@@ -19,6 +19,7 @@ ORDER = [
     "strict_json",
     "base_names",
     "units",
+    "adapter_checks",
     "batches",
     "masking",
     "noise",

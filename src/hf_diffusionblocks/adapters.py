@@ -18,7 +18,8 @@ Of a language model, ``train_shared="none"`` in the training arguments keeps the
 
 Elsewhere ``load_block_adapter(model, 1, "adapters")`` puts it into its block, and ``merge_block_adapter`` into the
 block's weights, after which the model is saved and pushed as any other. (A model that holds an adapter beside its
-weights has other names than its config promises: merge before ``save_pretrained``.)
+weights has other names than its config promises: ``save_pretrained``, ``save_model`` and ``to_base`` refuse it. The
+trainer's checkpoints hold the adapters, and a run goes on with the same ones only.)
 
 On disk a block's adapter is a folder ``block-NN`` in peft's own format (``PeftModel.from_pretrained`` puts it on
 ``model.to_base(block=b)`` too) and ``block_adapter.json``: the block, what its model must agree on, and hashes.

@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.utils.hub import extract_commit_hash
 
 from . import serialization
+from .adapter_checks import blocks_of_keys, check_no_adapter
 from .agreement import SAME_MODEL, first_difference
 from .configuration import DiffusionBlocksConfig
 from .loading_checks import check_files, checked_blocks
@@ -43,30 +44,47 @@ class BlockFiles(MixinBase):
 
         Raises:
             NotADirectoryError: if the path is a file.
-            ValueError: if this model holds some blocks only and the directory holds another model, or a block is
-                larger than ``max_shard_size``.
+            ValueError: if this model holds some blocks only and the directory holds another model, a block is
+                larger than ``max_shard_size``, or holds an adapter that is not merged.
             OSError: if the disk is full; nothing half written stays.
         """
         target = Path(save_directory)
         if target.is_file():
             raise NotADirectoryError(f"{target} is a file; give a directory to save the model in.")
+        state_dict, limit = kwargs.pop("state_dict", None), kwargs.pop("max_shard_size", None)
+        among = blocks_of_keys(state_dict) if isinstance(state_dict, Mapping) else None
+        check_no_adapter(self.blocks, f"save the model in {target}", among)
         if is_main_process:
-            self.config.architectures = [type(self).__name__]
-            self.config.dtype = self.dtype
-            state_dict = kwargs.pop("state_dict", None) or self._own_state_dict()
-            limit = kwargs.pop("max_shard_size", None)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            beside = target if target.exists() else target.parent
-            with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as temporary:
-                staging = Path(temporary) / "model"
-                staging.mkdir()
-                self._write_files(staging, state_dict, target, limit)
-                if target.exists():
-                    serialization.move_files(staging, target)
-                else:
-                    os.replace(staging, target)
+            self.save_files(target, state_dict, limit)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", target.name), **kwargs)
+
+    def save_files(
+        self,
+        target: Path,
+        state_dict: dict[str, Tensor] | Iterator[dict[str, Tensor]] | None = None,
+        limit: int | str | None = None,
+    ) -> None:
+        """What ``save_pretrained`` writes, with the names that adapters give to weights: a checkpoint keeps them.
+
+        Args:
+            target: directory.
+            state_dict: the weights, by default the model's own.
+            limit: ``max_shard_size``.
+        """
+        self.config.architectures = [type(self).__name__]
+        self.config.dtype = self.dtype
+        state_dict = state_dict or self._own_state_dict()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target if target.exists() else target.parent
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=beside) as temporary:
+            staging = Path(temporary) / "model"
+            staging.mkdir()
+            self._write_files(staging, state_dict, target, limit)
+            if target.exists():
+                serialization.move_files(staging, target)
+            else:
+                os.replace(staging, target)
 
     def _own_state_dict(self) -> dict[str, Tensor] | Iterator[dict[str, Tensor]]:
         if self.streamer is not None:

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from ..adapter_checks import check_no_adapter
 from .base_loading import empty_base
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def check_same_function(base: PreTrainedModel, model: "BlockedForCausalLM") -> N
 
 def decoder_of(model: "BlockedForCausalLM") -> PreTrainedModel:
     """The transformers causal language model whose layers a cascade's blocks hold; see ``to_base``."""
+    check_no_adapter(model.blocks, "give the base back")
     if model.config.two_stream or (model.config.context != "cascade" and model.partition.num_blocks > 1):
         raise ValueError(
             f"a model with readout={model.config.readout!r} and context={model.config.context!r} cannot be given "

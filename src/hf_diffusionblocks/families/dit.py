@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 from transformers.utils import logging
 
+from ..adapter_checks import check_no_adapter
 from ..agreement import hub_name, weights_digest
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
@@ -287,6 +288,7 @@ class BlockedDiTModel(BlockedPreTrainedModel):
                 )
             block = 0
         source = self.block(block)
+        check_no_adapter(self.blocks, "give the base back", [block])
         with torch.device("meta"):
             base = type(source)(**{k: v for k, v in dict(source.config).items() if not k.startswith("_")})
         device = next(source.parameters()).device

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import PreTrainedModel
 
+from ..adapter_checks import check_no_adapter
 from .base_loading import empty_base
 from .image_classification_block import ANATOMIES, classifier_class
 from .image_classification_config import MEND
@@ -69,6 +70,7 @@ def check_same_function(base: PreTrainedModel, model: "BlockedForImageClassifica
 
 def classifier_of(model: "BlockedForImageClassification") -> PreTrainedModel:
     """The transformers image classifier whose layers a cascade's blocks hold; see ``to_base``."""
+    check_no_adapter(model.blocks, "give the base back")
     if model.config.two_stream or (model.config.context != "cascade" and model.partition.num_blocks > 1):
         raise ValueError(
             f"a model with readout={model.config.readout!r} and context={model.config.context!r} cannot be given "

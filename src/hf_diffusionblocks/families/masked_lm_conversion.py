@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from ..adapter_checks import check_no_adapter
 from .base_loading import empty_base
 from .masked_lm_block import ModulatedLayer, layers_of
 from .masked_lm_config import MEND
@@ -137,6 +138,7 @@ def base_of_block(model: "BlockedForMaskedLM", block: int | None) -> PreTrainedM
         )
     if config.time_conditioning:
         raise ValueError("the layers are told the mask rate (time_conditioning), which the base's class cannot be.")
+    check_no_adapter(model.blocks, "give the base back", [block])
     module, layers = model.block(block), model.partition.layers(block)
     made = config.make_base_config(layers)
     base = empty_base(AutoModelForMaskedLM.from_config, made, model)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .. import serialization
+from ..adapter_checks import adapter_settings
 from ..agreement import HISTORY
-from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from ..serialization import remove_tree
 from .arguments import DiffusionBlocksTrainingArguments
@@ -116,7 +116,7 @@ def _write(
         output_dir.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
         with contextlib.nullcontext(_nothing) if residency is None else residency.reading() as have:
-            model.save_pretrained(staging, state_dict=weights)
+            model.save_files(staging, weights)
             for block, trainer in trainers.items():
                 have(block)
                 ema, optimizer = states.get(block) or (trainer.ema_tensors(), trainer.tensors())
@@ -203,23 +203,25 @@ def last_good(directory: Path, save_steps: int) -> str:
 
 
 def run_identity(
-    config: DiffusionBlocksConfig, args: DiffusionBlocksTrainingArguments, dataset: Any, processes: int
+    model: BlockedPreTrainedModel, args: DiffusionBlocksTrainingArguments, dataset: Any, processes: int
 ) -> dict[str, Any]:
-    """What a checkpoint must agree on to be resumed: model, settings, data.
+    """What a checkpoint must agree on to be resumed: model and its adapters, settings, data.
 
     Args:
-        config: of the model.
+        model: to train.
         args: of the run.
         dataset: to train on.
         processes: that share a block.
     """
     changing = (*HISTORY, "architectures", "dtype")
-    model = {k: v for k, v in config.to_dict().items() if k not in changing}
+    config = {k: v for k, v in model.config.to_dict().items() if k not in changing}
     settings = args.identity()
     data = {"num_samples": len(dataset), "fingerprint": data_fingerprint(dataset)}
     if processes > 1:
         settings["processes_per_block"] = processes
-    return {"model": json.loads(json.dumps(model, default=str)), "settings": settings, "data set": data}
+    adapters = adapter_settings(model.blocks)
+    config = json.loads(json.dumps(config, default=str))
+    return {"model": config, "adapters": adapters, "settings": settings, "data set": data}
 
 
 def check_identity(saved: dict[str, Any], current: dict[str, Any], checkpoint: Path) -> None:
@@ -271,6 +273,7 @@ def load_checkpoint(
         prefix = f"blocks.{block}."
         now = model.block(block).state_dict()
         weights = {k.removeprefix(prefix): v for k, v in weights.items()}
+        _check_same_weights(weights, now, checkpoint, block)
         model.block(block).load_state_dict({k: as_sharded(v, now.get(k, v)) for k, v in weights.items()})
         del weights, now
         path = checkpoint / f"optimizer-{block:02d}.pt"
@@ -287,6 +290,17 @@ def load_checkpoint(
         del optimizer, ema
     if residency is not None:
         residency.release()
+
+
+def _check_same_weights(saved: dict[str, Tensor], now: dict[str, Tensor], checkpoint: Path, block: int) -> None:
+    """Raise a ``ValueError`` if a block's weights have other names or shapes than in a checkpoint."""
+    theirs, ours = ({k: list(t.shape) for k, t in part.items()} for part in (saved, now))
+    if theirs != ours:
+        odd = next(k for k in sorted(theirs.keys() | ours.keys()) if theirs.get(k) != ours.get(k))
+        raise ValueError(
+            f"{checkpoint} belongs to another run: block {block} has {odd!r} of shape {theirs.get(odd)} there and "
+            f"{ours.get(odd)} here. Put the same adapters on the blocks to resume, or use another output_dir."
+        )
 
 
 def _nothing(block: int) -> None:

@@ -31,6 +31,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..adapter_checks import check_no_adapter
 from ..configuration import DiffusionBlocksConfig
 from ..modeling import BlockedPreTrainedModel
 from .arguments import DiffusionBlocksTrainingArguments
@@ -188,6 +189,7 @@ class Group:
 
     def save_pretrained(self, model: BlockedPreTrainedModel, directory: Path) -> None:
         """Save a model that all processes of the group have, or have in shards. Returns when it is there."""
+        check_no_adapter(model.blocks, f"save the model in {directory}")  # in all processes, before any waits
         weights = self.gathered(model)
         if self.is_leader:
             model.save_pretrained(directory, state_dict=weights)

@@ -370,7 +370,7 @@ class DiffusionBlocksTrainer:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be resumed: model, settings, data."""
-        return run_identity(self.model.config, self.args, self.train_dataset, self.group.size)
+        return run_identity(self.model, self.args, self.train_dataset, self.group.size)
 
     def _save_checkpoint(self) -> None:
         self._flush()
