@@ -151,7 +151,7 @@ def test_bytes_and_times_for_people():
         (["digits-dit", "training.lower_outputs=disk"], "lower_outputs='disk' is for a cascade"),
         (["digits-dit", "--lower", "x"], "--lower x is for a cascade"),
         (["digits-vit", "--block", "1"], "have not been trained"),
-        (["digits-vit", "--block", "1", "--lower", "./nowhere"], "--lower ./nowhere does not give block 0"),
+        (["digits-vit", "--block", "1", "--lower", "./nowhere"], "there is no directory ./nowhere"),
     ],
 )
 def test_a_dry_run_refuses_the_blocks_that_training_refuses(options, words, tmp_path, capsys):
