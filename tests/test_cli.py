@@ -1,6 +1,8 @@
 """The command line on real input: plan, train, resume, sample, evaluate, convert, encode, and its error messages."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,9 +59,34 @@ def test_train_prints_the_lines_that_load_the_model_and_they_run(run_dir, capsys
 
 def test_a_finished_run_is_not_trained_again(run_dir, capsys):
     before = (run_dir / "updates.jsonl").read_text()
+    card = (run_dir / "model" / "README.md").read_text()
     assert main(["train", "digits-dit", *SMALL, "--output-dir", str(run_dir), "--no-report"]) == 0
-    assert "going on with" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "going on with" in said and "all 18 updates had been made before, in " in said
     assert (run_dir / "updates.jsonl").read_text() == before
+    # Its model is the one that was scored: the card keeps the figures.
+    again = (run_dir / "model" / "README.md").read_text()
+    assert sorted(again.splitlines()) == sorted(card.splitlines()) and "| class agreement |" in again
+
+
+def test_a_resumed_run_counts_its_own_updates_and_all_the_time(tmp_path, capsys):
+    command = ["train", "digits-dit", *SMALL, "training.save_steps=5", "training.save_total_limit=9", "--no-report"]
+    command += ["--output-dir", str(tmp_path)]
+    assert main(command) == 0
+    for late in (15, 18):
+        shutil.rmtree(tmp_path / f"checkpoint-{late}")  # as if it had been killed at update 12
+    state = json.loads((tmp_path / "checkpoint-10" / "trainer_state.json").read_text())
+    assert state["training_seconds"] > 0
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "figures.json").write_text('{"stale": 1.0}')
+    capsys.readouterr()
+    assert main(command) == 0
+    said = re.search(
+        r"trained 18 updates in ([0-9.]+) s, the last 8 since the run was resumed", capsys.readouterr().out
+    )
+    assert float(said[1]) >= round(state["training_seconds"], 1)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "| training time |" in card and "stale" not in card
 
 
 def test_other_settings_do_not_continue_a_run(run_dir, capsys):

@@ -149,6 +149,27 @@ def test_a_dry_run_writes_nothing(text_file, tmp_path, capsys):
             assert f"{human_bytes(row['total'])} ({row['ratio']:.2f})" in shown
 
 
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("digits-vit --block 7", "block 7"),
+        ("digits-vit --block -1", "block -1"),
+        ("digits-vit --block 1", "have not been trained"),
+        ("digits-vit --block 1 --lower nowhere/at/all", "there is no directory nowhere/at/all"),
+        ("digits-dit --block 0 training.lower_outputs=disk", "is for a cascade"),
+        ("digits-dit --method end_to_end --block 1", "block 1"),
+        ("digits-dit --lower x", "the blocks of family 'dit' stand alone"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_refuses_and_in_its_words(words, message, tmp_path, capsys):
+    command = ["train", *words.split(), "--output-dir", str(tmp_path / "run")]
+    errors = []
+    for dry in ([], ["--dry-run"]):
+        assert main([*command, *dry]) == 2
+        errors.append(capsys.readouterr().err)
+    assert errors[0] == errors[1] and message in errors[0] and not (tmp_path / "run").exists()
+
+
 def test_quiet_prints_nothing_wherever_it_stands(capsys):
     for words in (["-q", "recipes"], ["recipes", "--quiet"]):
         assert main(words) == 0

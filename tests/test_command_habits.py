@@ -148,6 +148,7 @@ def test_bytes_and_times_for_people():
     ("options", "words"),
     [
         (["digits-vit", "--block", "7"], "block 7 does not exist"),
+        (["digits-dit", "training.lower_outputs=disk"], "lower_outputs='disk' is for a cascade"),
         (["digits-dit", "--lower", "x"], "--lower x is for a cascade"),
         (["digits-vit", "--block", "1"], "have not been trained"),
         (["digits-vit", "--block", "1", "--lower", "./nowhere"], "--lower ./nowhere does not give block 0"),

@@ -68,7 +68,7 @@ def _sample_text(args: argparse.Namespace, recipe: Any, say: Say) -> list[str]:
     walk = {name: getattr(args, name) for name in ("steps", "grid", "bridge")}
     if not args.denoise and any(value is not None for value in walk.values()):
         name = next(name for name, value in walk.items() if value is not None)
-        raise ValueError(f"--{name} is for sampling along the noise grid: add --denoise, or leave it out.")
+        raise ValueError(f"--{name} has no meaning without --denoise: add it, or leave --{name} out.")
     greedy = args.temperature == 0
     draws = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p")}
     for name in ("top_k", "top_p"):

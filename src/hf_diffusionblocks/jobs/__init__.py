@@ -65,7 +65,8 @@ def plan(
     Args:
         recipe: of the run.
         say: prints.
-        short: print what fits on a screen; the figures that are returned are all of them.
+        short: for a dry run: print what fits on a screen (the figures that are returned are all of them), and refuse
+            what ``train`` would refuse.
         blocks: of a job that is to train these only.
         lower: of a cascade's job, the directory of a model that holds the trained blocks below.
 
@@ -74,7 +75,7 @@ def plan(
     """
     _check_lower(recipe, lower)
     planned = _of(recipe.family).plan(recipe)
-    if blocks is not None or lower is not None:
+    if short or blocks is not None or lower is not None:
         check_planned_job(planned.model, planned.recipe.training_arguments(), blocks, lower)
     for line in planned.short_lines() if short else planned.lines():
         say(line)
@@ -118,6 +119,8 @@ def _check_lower(recipe: Recipe, lower: str | None) -> None:
         raise ValueError(
             f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
         )
+    if lower is not None:
+        check_model_path(lower)
 
 
 def card(run_dir: str, output: str | None = None, say: Say = print) -> Path:

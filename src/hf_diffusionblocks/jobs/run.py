@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
 from .. import serialization
 from ..evaluation import format_figures
@@ -15,6 +16,7 @@ from ..hub import model_card, write_model_card
 from ..memory import MemoryPlan
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 from ..recipes import Recipe
+from ..report.run_state import read_object
 from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
 from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
@@ -25,6 +27,17 @@ from .planning import memory_lines, planned_memory
 
 Pictures = list[tuple[str, Path]]
 _OF_THE_RUN = ("output_dir", "disable_tqdm")  # settings that say nothing of the model
+
+
+class _OldFigures(TrainerCallback):
+    """Removes the figures of an earlier model when updates begin that make another one of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, trainer: Any, **kwargs: Any) -> None:
+        if trainer.iteration < len(trainer.schedule) and trainer.group.is_leader:
+            self.path.unlink(missing_ok=True)
 
 
 class Run:
@@ -137,22 +150,17 @@ class Run:
         if trainer.group.is_leader:
             serialization.write_json(self.output / RECIPE_NAME, self.recipe.to_dict())
             record_run(trainer.output_dir, trainer.accelerator.device, self.command, resumed)
+        figures_file = self.output / FIGURES_DIR / FIGURES_NAME
+        trainer.callbacks.append(_OldFigures(figures_file))
         summary = trainer.train(resume_from_checkpoint=resume)
         model_dir = trainer.save_model(trainer.output_dir / MODEL_DIR)
         if not trainer.group.is_leader:
             return model_dir
         record_run(trainer.output_dir, trainer.accelerator.device, self.command, resumed=True)
         self.save_beside(trainer.model, model_dir)
-        before, seconds = trainer.status.first, summary["training_seconds"]
-        done = _done(summary["iterations"], before, seconds)
-        known = self._known_figures() if before == summary["iterations"] else {}  # the model that was scored then
-        if resumed:  # the seconds are those of this process only: no figure of the run
-            del summary["training_seconds"]
-            summary |= {name: known[name] for name in ("training_seconds",) if name in known}
-        else:
-            known = {"training_seconds": seconds}
-        self.write_card(trainer.model, model_dir, known)
-        self._say(f"{done}; model saved in {model_dir}")
+        known = {} if trainer.is_job else read_object(figures_file)  # there if all had been trained and scored before
+        self.write_card(trainer.model, model_dir, {"training_seconds": summary["training_seconds"]} | known)
+        self._say(f"{_done(summary, trainer.status.first)}; model saved in {model_dir}")
         return self._finish(trainer, model_dir, summary)
 
     def _finish(self, trainer: DiffusionBlocksTrainer, model_dir: Path, summary: dict[str, Any]) -> Path:
@@ -205,11 +213,6 @@ class Run:
         )
         write_model_card(model_dir if path is None else path, card)
 
-    def _known_figures(self) -> dict[str, Any]:
-        """What was measured when this run had come to its end before; empty if it has not."""
-        path = self.output / FIGURES_DIR / FIGURES_NAME
-        return serialization.read_json(path) if path.is_file() else {}
-
     def _load(self, model_dir: Path, device: torch.device) -> BlockedPreTrainedModel:
         return self.recipe.kind.model_class.from_pretrained(model_dir).to(device)
 
@@ -218,10 +221,11 @@ class Run:
             self.say(line)
 
 
-def _done(iterations: int, before: int, seconds: float) -> str:
-    """What this process trained, in words; ``before`` it, so many of the run's iterations had been made."""
-    if before == iterations:
-        return f"nothing was left to train: all {iterations} updates had been made"
-    if before:
-        return f"trained {iterations - before} of {iterations} updates in {human_seconds(seconds)} since it was resumed"
-    return f"trained {iterations} updates in {human_seconds(seconds)}"
+def _done(summary: dict[str, Any], first: int) -> str:
+    """How many updates were made, in which time, and how many by this process, which began after the first so many."""
+    made, taken = summary["iterations"], human_seconds(summary["training_seconds"])
+    if first == 0:
+        return f"trained {made} updates in {taken}"
+    if first == made:
+        return f"all {made} updates had been made before, in {taken}"
+    return f"trained {made} updates in {taken}, the last {made - first} since the run was resumed"

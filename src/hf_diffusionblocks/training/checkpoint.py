@@ -67,10 +67,12 @@ def write_checkpoint(
     keep: int | None,
     residency: Residency | None = None,
     group: Group | None = None,
+    seconds: float = 0.0,
 ) -> Path:
     """Write a checkpoint, block by block, then remove the oldest beyond ``keep``.
 
-    All processes of a group call it, and its leader writes. What is sharded is gathered first.
+    All processes of a group call it, and its leader writes. What is sharded is gathered first. ``seconds`` is how long
+    the updates took that it holds.
 
     Raises:
         OSError: if it cannot be written (a full disk, say); earlier checkpoints stay.
@@ -82,7 +84,8 @@ def write_checkpoint(
     failure = None
     if group.is_leader:
         try:
-            _write(output_dir, target, iteration, model, trainers, identity, residency, weights, states)
+            counters = {"iteration": iteration, "training_seconds": seconds, "identity": identity}
+            _write(output_dir, target, counters, model, trainers, residency, weights, states)
         except OSError as error:
             failure = error
     failed = group.any(failure is not None)[0]
@@ -99,16 +102,15 @@ def write_checkpoint(
 def _write(
     output_dir: Path,
     target: Path,
-    iteration: int,
+    counters: dict[str, Any],
     model: BlockedPreTrainedModel,
     trainers: dict[int, BlockTrainer],
-    identity: dict[str, Any],
     residency: Residency | None,
     weights: dict[str, Tensor] | None,
     states: dict[int, tuple[dict[str, Tensor], dict[str, Any]]],
 ) -> None:
     """Write a checkpoint; ``weights`` and ``states`` are those of the model and of blocks where they were gathered."""
-    staging = output_dir / f".checkpoint-{iteration}.writing"
+    staging = output_dir / f".{target.name}.writing"
     shutil.rmtree(staging, ignore_errors=True)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -127,8 +129,7 @@ def _write(
                 del ema, optimizer
         files = {p.name: serialization.sha256(p) for p in sorted(staging.iterdir())}
         state = {
-            "iteration": iteration,
-            "identity": identity,
+            **counters,
             "blocks": {str(block): trainer.scalars() for block, trainer in trainers.items()},
             "files": files,
         }
@@ -161,6 +162,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if digest != _digest(state):
         raise ValueError(f"{path} is corrupted: its SHA-256 is not the recorded one. {advice}")
     well_formed = all(isinstance(state.get(k), dict) for k in ("files", "blocks", "identity"))
+    state.setdefault("training_seconds", 0.0)  # checkpoints of earlier versions do not say
     if not well_formed or not isinstance(state.get("iteration"), int):
         raise ValueError(f"{path} is corrupted: it lacks files, blocks, identity or iteration. {advice}")
     for name, digest in state["files"].items():

@@ -122,7 +122,8 @@ class DiffusionBlocksTrainer:
         self.callbacks = [self.status, *(callbacks or [])]
         self._pending: list[dict[str, Any]] = []
         self._stop = StopRequest()
-        self.training_seconds = 0.0
+        self._earlier_seconds = 0.0
+        self._begun: float | None = None
 
     def _make_trainers(self) -> None:
         args = self.args
@@ -178,7 +179,7 @@ class DiffusionBlocksTrainer:
         if self.args.report_to:
             self.accelerator.init_trackers("diffusionblocks", config=flat_values(self.args.to_dict()))
         self._notify("on_train_begin")
-        start = time.perf_counter()
+        self._begun = time.perf_counter()
         bar = tqdm(
             total=len(self.schedule),
             initial=self.iteration,
@@ -192,7 +193,7 @@ class DiffusionBlocksTrainer:
                 if self._stop.by is not None or self.control.should_training_stop:
                     break
         self._flush()
-        self.training_seconds += time.perf_counter() - start
+        self._earlier_seconds, self._begun = self.training_seconds, None
         mark_trained(self.model, self.trainers, self.num_updates)
         saved = find_checkpoints(self.output_dir)
         if self.group.any(not saved or saved[-1].name != self._name)[0]:
@@ -207,6 +208,11 @@ class DiffusionBlocksTrainer:
         if self.args.report_to:
             self.accelerator.end_training()
         return self.summary()
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds that the updates took: those of this process, and those up to the checkpoint it goes on from."""
+        return self._earlier_seconds + (0.0 if self._begun is None else time.perf_counter() - self._begun)
 
     @property
     def _name(self) -> str:
@@ -332,7 +338,7 @@ class DiffusionBlocksTrainer:
         return result
 
     def summary(self) -> dict[str, Any]:
-        """Iterations, updates per block, seconds of this process's training, mean loss of each block's last updates."""
+        """Iterations, updates per block, seconds that they took, mean loss of each block's last updates."""
         return {
             "iterations": self.iteration,
             "updates_per_block": {block: trainer.updates for block, trainer in self.trainers.items()},
@@ -370,7 +376,7 @@ class DiffusionBlocksTrainer:
         self._flush()
         keep = self.args.save_total_limit
         run = (self.output_dir, self.iteration, self.model, self.trainers, self.identity)
-        write_checkpoint(*run, keep, self.residency, self.group)
+        write_checkpoint(*run, keep, self.residency, self.group, self.training_seconds)
         self._notify("on_save")
 
     def _resume(self, resume: str | os.PathLike | bool | None) -> None:
@@ -385,6 +391,7 @@ class DiffusionBlocksTrainer:
         check_identity(state["identity"], self.identity, checkpoint)
         load_checkpoint(checkpoint, state, self.model, self.trainers, self.residency)
         self.iteration = self.state.global_step = state["iteration"]
+        self._earlier_seconds = state["training_seconds"]
         self._prepared = None
         if self.group.is_leader:
             truncate_logs(self.output_dir, self.iteration)
