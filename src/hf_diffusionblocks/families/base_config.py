@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, PreTrainedConfig
 
 from ..config_checks import check_sizes
 from ..configuration import DiffusionBlocksConfig
@@ -80,10 +81,14 @@ def complete_transformers_config(
     return {k: v for k, v in full.items() if k not in _DROPPED}
 
 
-def check_base_settings(base_config: Mapping[str, Any]) -> None:
+def check_base_settings(base_config: Mapping[str, Any], kind: type[DiffusionBlocksConfig]) -> None:
     """Raise a ``ValueError`` for a misspelt setting in a base's config that was written by hand.
 
     transformers itself takes any name, and a published ``config.json`` may hold names that its class does not know.
+
+    Args:
+        base_config: of the base.
+        kind: of the blocked model's config.
     """
     model_type = base_config.get("model_type")
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING or "transformers_version" in base_config:
@@ -92,7 +97,32 @@ def check_base_settings(base_config: Mapping[str, Any]) -> None:
     known = {name for name in known if not name.startswith("_")}
     for name in base_config:
         if name not in known and not name.startswith("_"):
+            check_can_be_cut(kind, {name: value for name, value in base_config.items() if name in known}, name)
             raise ValueError(unknown_name(f"{model_type} setting", name, known))
+
+
+def check_can_be_cut(kind: type[DiffusionBlocksConfig], base_config: dict[str, Any], unknown: str) -> None:
+    """Raise the ``ValueError`` that says why a base cannot be cut, where there is one.
+
+    For bases with settings that their type does not know: perhaps the type is the mistake, and its name says more than
+    theirs. The model is built without memory.
+
+    Args:
+        kind: of the blocked model's config, which ``AutoModel`` knows.
+        base_config: what the type knows of the settings, the ``model_type`` among them.
+        unknown: the first setting that it does not know.
+    """
+    given: dict[str, Any] = {"mask_token_id": 0} if "mask_token_id" in fields_of(kind) else {}
+    try:
+        config = kind(base_config=base_config, num_blocks=1, **given)
+        with torch.device("meta"):
+            AutoModel.from_config(config)
+    except ValueError as error:
+        # Not what transformers says of sizes, which is its cause: a size that is misspelt has another value.
+        if error.__cause__ is None and ("cannot be cut" in str(error) or "cannot be made" in str(error)):
+            raise ValueError(f"{error} (Of this type, {unknown!r} is no setting.)") from error
+    except Exception:  # noqa: S110  # the settings do not make a model of the type: nothing is known of it
+        pass
 
 
 def fields_of(kind: type[DiffusionBlocksConfig]) -> frozenset[str]:

@@ -120,7 +120,7 @@ def family_settings(
     """
     if isinstance(base_config, PreTrainedConfig):
         base_config = base_config.to_dict()
-    check_base_settings(base_config)
+    check_base_settings(base_config, kind)
     if preset is not None:
         if preset not in presets:
             raise ValueError(unknown_name("preset", preset, presets))

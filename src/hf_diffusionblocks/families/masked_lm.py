@@ -319,7 +319,7 @@ class BlockedForMaskedLM(TokenTableMixin, BlockedPreTrainedModel):
         """The config of a blocked model from the base's config and settings, as in ``from_base``."""
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
-        check_base_settings(base_config)
+        check_base_settings(base_config, BlockedMaskedLMConfig)
         allowed = fields_of(cls.config_class)
         unknown = [n for n in settings if n not in allowed]
         if unknown:

@@ -325,7 +325,7 @@ class BlockedRecurrentForCausalLM(BlockedForCausalLM):
         """The config from the base's config and settings; ``preset`` is ``default``, ``paper`` or ``huginn``."""
         if isinstance(base_config, PreTrainedConfig):
             base_config = base_config.to_dict()
-        check_base_settings(base_config)
+        check_base_settings(base_config, BlockedRecurrentConfig)
         if preset is not None:
             if preset not in PRESETS:
                 raise ValueError(unknown_name("preset", preset, PRESETS))

@@ -11,6 +11,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ..configuration import DiffusionBlocksConfig
+from ..families.base_config import check_can_be_cut
 from ..modeling import BlockedPreTrainedModel
 from ..suggest import unknown_name
 from ..training.arguments import DiffusionBlocksTrainingArguments
@@ -205,7 +206,13 @@ def make_recipe(values: dict[str, Any], overrides: Iterable[str] = ()) -> Recipe
     for name, names in known.items():
         section = values[name] = values.get(name) or {}
         _check_section(name, section, None, family)
-        _check_section(name, section, kind.model_keys(section) if names is None else names, family)
+        if names is None:
+            names = kind.model_keys(section)
+            unknown = [key for key in section if key not in names]
+            if unknown and "model_type" in names:
+                known_ones = {key: value for key, value in section.items() if key in names}
+                check_can_be_cut(kind.model_class.config_class, known_ones, str(unknown[0]))
+        _check_section(name, section, names, family)
     recipe = Recipe(**values)
     if recipe.layers is not None:
         _check_layers(recipe)

@@ -57,7 +57,7 @@ def transformers_keys(model: Mapping[str, Any]) -> list[str]:
             )
         raise ValueError(unknown_name("model.model_type", kind, CONFIG_MAPPING))
     known = [name for name in CONFIG_MAPPING[kind]().to_dict() if not name.startswith("_")]
-    return ["base", "model_type", *known, *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"]
+    return ["base", *known, *CONFIG_MAPPING[kind].attribute_map, "rope_theta", "rope_scaling"]
 
 
 def classifier_keys(model: Mapping[str, Any]) -> list[str]:
