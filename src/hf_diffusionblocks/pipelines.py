@@ -43,7 +43,7 @@ def _model_class(name: str | os.PathLike, hub: dict[str, Any]) -> type[BlockedPr
         kind = read_config(name, **hub)[0].get("model_type")
     except (OSError, ValueError):
         return BlockedDiTModel  # which says what is missing or broken
-    if kind in CONFIGS or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind in CONFIGS or kind not in CONFIG_MAPPING:
         return BlockedDiTModel
     found = MODEL_MAPPING.get(CONFIG_MAPPING[kind], None)
     return found if isinstance(found, type) and issubclass(found, BlockedPreTrainedModel) else BlockedDiTModel

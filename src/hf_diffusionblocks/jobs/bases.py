@@ -40,11 +40,12 @@ def family_for(base: str, family: str | None, **hub: Any) -> str:
         values, _ = read_config(base, **hub)
     except (OSError, ValueError):
         values = {}
-    if values.get("model_type") in {kind.model_type for kind in FAMILIES.values()}:
+    of = values.get("model_type") if isinstance(values.get("model_type"), str) else None
+    if of in {kind.model_type for kind in FAMILIES.values()}:
         raise ValueError(f"{base} has been cut into blocks already: give the base that it was made from.")
     named = [name for name in values.get("architectures") or () if isinstance(name, str)]
     ends = tuple(end for kind in FAMILIES.values() for end in kind.bases)
-    if values.get("model_type") in CONFIG_MAPPING and named and not any(name.endswith(ends) for name in named):
+    if of in CONFIG_MAPPING and named and not any(name.endswith(ends) for name in named):
         raise ValueError(f"{base} holds a {named[0]}, which is of no family that can be cut. {what_can_be_cut()}")
     if family is None or family == own:
         return own
