@@ -1,5 +1,6 @@
 """Which recipe fits the data that a user has: a folder of images, or text."""
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -56,9 +57,18 @@ def _run_of(place: Path) -> str:
 def _text_settings(place: Path, files: list[Path]) -> list[str]:
     """The run directory; and how the text begins, as the prompt of samples: a tokenizer of it knows the characters."""
     with files[0].open("rb") as file:
-        begin = file.read(400).decode("utf-8", errors="ignore").split()
+        begin = _beginning(file.read(400)).split()
     prompt = " ".join(begin[:3])[:40]
     return [_run_of(place), *([f"sampling.prompts={json.dumps([prompt + ' '])}"] if prompt else [])]
+
+
+def _beginning(data: bytes) -> str:
+    """The text that a file begins with; none if it is not UTF-8, or binary."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the last character may be cut
+    except UnicodeDecodeError:
+        return ""
+    return "" if "\0" in text else text.removeprefix("\ufeff")
 
 
 def _folder_settings(place: Path, pictures: list[Path]) -> list[str]:
