@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 
 from hf_diffusionblocks.cli import main
+from hf_diffusionblocks.data import load_image_dataset
 from hf_diffusionblocks.data.text_bytes import check_utf8, read_text
+from hf_diffusionblocks.jobs.text_pieces import load_data, make_tokenizer
+from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.recipes.own_data import recipe_for
 
 SMALL_DIT = ["model.num_layers=3", "model.attention_head_dim=4", "sampling.num_inference_steps=3"]
@@ -62,3 +65,51 @@ def test_a_byte_0_is_found_far_into_a_large_file(tmp_path):
     for read in (read_text, check_utf8):
         with pytest.raises(ValueError, match=f"position {(1 << 20) + 5} is 0"):
             read(path)
+
+
+TEXT = "the cat sat on the mat and the dog lay by the door. " * 20  # 1,040 characters
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "words"),
+    [
+        (
+            TEXT,
+            [],
+            r"the held-out part of \S+ \(split 'test'\) has 52 tokens, the whole text 1040 \(data.test_fraction=0.05",
+        ),
+        (
+            TEXT,
+            [],
+            r"row of data.block_length=128. Give more text, a data.block_length of at most 52 or a larger data.test_f",
+        ),
+        (
+            TEXT,
+            ["data.test_fraction=0.95"],
+            r"training part .* has 52 tokens.* of at most 52 or a smaller data.test_fraction",
+        ),
+        (
+            "one line",
+            [],
+            r"training part .* \(split 'train'\) has 8 tokens, .*Give more text or a data.block_length of at",
+        ),
+        ("", [], "is empty"),
+    ],
+)
+def test_text_of_less_than_a_row_says_which_part_and_what_to_set(text, overrides, words, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text(text)
+    recipe = load_recipe("austen-llama", [f"data.name={path}", "data.block_length=128", *overrides])
+    with pytest.raises(ValueError, match=words):
+        load_data(recipe, make_tokenizer(recipe))
+
+
+def test_images_that_cannot_be_read_are_named_counted_and_to_be_removed(tmp_path):
+    data = write_images(tmp_path / "data" / "cat", 6)
+    (data / "1.png").write_bytes((data / "1.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"1.png\) cannot be read: .* Remove or replace it.$"):
+        load_image_dataset(str(data.parent), image_size=8)
+    for name in ("3.png", "5.png"):
+        (data / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"Remove or replace it. Of the 4 images after it 2 cannot be read either.$"):
+        load_image_dataset(str(data.parent), image_size=8)
