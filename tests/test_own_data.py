@@ -1,6 +1,7 @@
 """Data of one's own that are small, odd or broken: what is made of them, and what is said before a training begins."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.data import load_image_dataset
 from hf_diffusionblocks.data.text_bytes import check_utf8, read_text
+from hf_diffusionblocks.jobs import dry_checks
 from hf_diffusionblocks.jobs.text_pieces import load_data, make_tokenizer
 from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.recipes.own_data import recipe_for
@@ -113,3 +115,48 @@ def test_images_that_cannot_be_read_are_named_counted_and_to_be_removed(tmp_path
         (data / name).write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"Remove or replace it. Of the 4 images after it 2 cannot be read either.$"):
         load_image_dataset(str(data.parent), image_size=8)
+
+
+def dry_run(place: Path, *settings: str) -> int:
+    return main(["train", "--data", str(place), *settings, "--output-dir", str(place.parent / "run"), "--dry-run"])
+
+
+def test_a_dry_run_loads_small_data_and_says_what_they_are(tmp_path, capsys):
+    (tmp_path / "a.txt").write_text(TEXT * 6)
+    assert dry_run(tmp_path / "a.txt") == 0
+    assert "text: 46 rows of 128 tokens, vocabulary" in capsys.readouterr().out
+    write_images(tmp_path / "flat", 12)
+    assert dry_run(tmp_path / "flat", *SMALL_DIT) == 0
+    said = capsys.readouterr().out
+    assert "images: 9, in 1 class; held out: 3" in said and "all images are of one class" in said
+    assert "warning" not in said and not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_refuses_text_that_the_run_refuses(tmp_path, capsys):
+    for text, words in ((TEXT, "the held-out part"), ("one line", "the training part")):
+        (tmp_path / "a.txt").write_text(text)
+        assert dry_run(tmp_path / "a.txt") == 2
+        assert words in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_images_that_the_run_refuses(tmp_path, capsys, monkeypatch):
+    data = tmp_path / "data"
+    for name in ("cat", "dog", "emu"):
+        write_images(data / name, 1)
+    assert dry_run(data, *SMALL_DIT) == 2
+    said = capsys.readouterr()
+    assert "warning: so few images leave none to hold out: scores are of the training images." in said.out
+    assert "3 held-out images are too few to score" in said.err
+    assert dry_run(data, *SMALL_DIT, "--no-report") == 0
+    assert dry_run(data, *SMALL_DIT, "--no-report", "model.num_embeds_ada_norm=2") == 2
+    assert "model.num_embeds_ada_norm" in capsys.readouterr().err
+    (data / "emu" / "0.png").write_bytes(b"no image")
+    for limit in (dry_checks.SMALL_IMAGES, 100):  # loaded; or too large for that, and the first of each class is opened
+        monkeypatch.setattr(dry_checks, "SMALL_IMAGES", limit)
+        assert dry_run(data, *SMALL_DIT, "--no-report") == 2
+        assert re.search(r"emu/0.png\)? cannot be read: .* Remove or replace it", capsys.readouterr().err)
+
+
+def test_images_of_one_class_are_held_out_if_there_are_five(tmp_path):
+    assert "data.test_fraction=0.25" in recipe_for(str(write_images(tmp_path / "five", 5)))[1]
+    assert "data.test_split=train" in recipe_for(str(write_images(tmp_path / "three", 3)))[1]

@@ -50,9 +50,9 @@ def _hide_progress() -> None:
 def _recipe(args: argparse.Namespace, say: Say) -> Any:
     """The recipe that is named, or the one for ``--data``, with its overrides."""
     from ..recipes import load_recipe
-    from ..recipes.own_data import recipe_for
+    from ..recipes.own_data import SCORED_ON_TRAINING, recipe_for
 
-    overrides, name = list(args.overrides), args.recipe
+    overrides, name, chosen = list(args.overrides), args.recipe, []
     if args.data is not None:
         if name is None:
             name, chosen = recipe_for(args.data)
@@ -68,7 +68,10 @@ def _recipe(args: argparse.Namespace, say: Say) -> Any:
     overrides += [
         f"{name}={value}" for name in ("method", "match", "layers") if (value := getattr(args, name, None)) is not None
     ]
-    return load_recipe(name, overrides)
+    recipe = load_recipe(name, overrides)
+    if SCORED_ON_TRAINING in chosen and recipe.data.test_fraction is None and recipe.data.test_files is None:
+        say("warning: so few images leave none to hold out: scores are of the training images.")
+    return recipe
 
 
 def _plan(args: argparse.Namespace, say: Say) -> Any:
@@ -104,7 +107,7 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
     output = Path(recipe.training["output_dir"])
     if args.dry_run:
-        planned = jobs.plan(recipe, say=say, short=True, blocks=args.block, lower=args.lower)
+        planned = jobs.plan(recipe, say=say, short=True, blocks=args.block, lower=args.lower, report=not args.no_report)
         words = _words(args, method=args.method, match=args.match, layers=args.layers)
         say(f"\nthe whole table, with other methods beside it: diffusionblocks plan {words}")
         say(f"dry run: would train in {output}; nothing was written.")

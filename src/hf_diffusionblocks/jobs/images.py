@@ -53,6 +53,9 @@ class ImageRun(Run):
         if self.reports and compares_samples(self.recipe, self.train_data):
             check_scoring(self.recipe, self.test_data)
 
+    def check(self, model: BlockedDiTModel) -> None:
+        check_classes(self.train_data, model, self.recipe.kind.classes_key)
+
     def data_lines(self, model: BlockedDiTModel) -> list[str]:
         lines = [data_line(self.recipe, self.train_data, self.test_data)]
         return [*lines, ONE_CLASS] if self.reports and not compares_samples(self.recipe, self.train_data) else lines

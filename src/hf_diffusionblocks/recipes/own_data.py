@@ -10,6 +10,7 @@ from PIL import Image
 
 _TEXT = (".txt", ".md", ".text", ".rst", ".tex")
 LEAST_SCORED = 4  # fewer images are not compared with others
+SCORED_ON_TRAINING = "data.test_split=train"  # where so few images are there that none are held out
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "eval", "validation", "valid", "val", "dev")
 
@@ -82,6 +83,9 @@ def _folder_settings(place: Path, pictures: list[Path]) -> list[str]:
     if not splits & set(_TEST):
         sizes = list(counts.values()) or [len(below)]
         held = {share: sum(max(int(n * share), n >= 5) for n in sizes) for share in (0.1, 0.25)}
-        share = next((share for share, count in held.items() if count >= LEAST_SCORED), None)
-        settings.append("data.test_split=train" if share is None else f"data.test_fraction={share}")
+        shares = [share for share, count in held.items() if count >= LEAST_SCORED]
+        if len(sizes) == 1 and held[0.25]:  # of one class no samples are compared: any image held out will do
+            shares.append(0.25)
+        share = shares[0] if shares else None
+        settings.append(SCORED_ON_TRAINING if share is None else f"data.test_fraction={share}")
     return settings
