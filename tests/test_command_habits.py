@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 
 from hf_diffusionblocks.base_names import CUT_FROM
-from hf_diffusionblocks.cli import build_parser, main
+from hf_diffusionblocks.cli import build_parser, commands, main
 from hf_diffusionblocks.serialization import block_file
 from hf_diffusionblocks.units import human_bytes, human_seconds
 from tiny import tiny_dit
@@ -158,3 +159,20 @@ def test_a_dry_run_refuses_the_blocks_that_training_refuses(options, words, tmp_
     assert main(["train", *options, "--dry-run", "--output-dir", str(tmp_path / "run")]) == 2
     said = capsys.readouterr()
     assert words in said.err and said.out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_warning_is_one_line_without_its_place_in_the_source(monkeypatch, capsys):
+    def warn(args, say):
+        warnings.warn("few samples:\n  use more", UserWarning, stacklevel=1)
+
+    monkeypatch.setitem(commands.COMMANDS, "recipes", warn)
+    shown = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        inside = warnings.showwarning
+        assert main(["recipes"]) == 0
+        assert warnings.showwarning is inside
+    assert capsys.readouterr().err == "warning: few samples: use more\n"
+    with pytest.warns(UserWarning, match="few samples"):  # what a developer wants to see
+        assert main(["recipes", "--debug"]) == 0
+    assert warnings.showwarning is shown

@@ -10,9 +10,10 @@ from huggingface_hub import ModelCard
 
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.hub import model_card, write_model_card
-from hf_diffusionblocks.hub.card_texts import intended_use
+from hf_diffusionblocks.hub.card_texts import intended_use, with_article
 from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.recipes.families import FAMILIES
+from hf_diffusionblocks.repository.block_table import name_repository
 from hf_diffusionblocks.training import run_record
 from hf_diffusionblocks.training.run_record import hardware, read_record, record_run
 from tiny import tiny_dit
@@ -138,3 +139,39 @@ def test_a_run_that_went_on_elsewhere_names_both_machines(tmp_path, monkeypatch)
     assert read_record(tmp_path)["command"].startswith("`anew`") and "one" not in read_record(tmp_path)["hardware"]
     (tmp_path / "run.json").write_text("[")
     assert read_record(tmp_path)["command"] == "`diffusionblocks train x --block 1`"
+
+
+def test_the_card_of_own_data_names_the_run_and_no_path_of_this_disk(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = Path("d") / "novel.txt"
+    text.parent.mkdir()
+    text.write_text("It is a truth universally acknowledged. " * 150)
+    few = ["training.max_steps=1", "model.hidden_size=16", "model.intermediate_size=16", "model.num_attention_heads=2"]
+    few += ["model.num_key_value_heads=2", "data.block_length=16", "training.cpu=true", "model.num_hidden_layers=3"]
+    assert main(["train", "--data", str(text), *few]) == 0
+    written = Path("runs/novel/model/README.md").read_text()
+    card = ModelCard(written)
+    assert "# novel\n" in written and card.data.model_name == "novel" and card.data.datasets is None
+    assert {(r.dataset_type, r.dataset_name) for r in card.data.eval_results} == {("unknown", "novel")}
+    assert "d/novel.txt" not in card.data.to_yaml() and "| data | novel.txt |" in written
+    assert "pipeline('text-generation', 'user/novel')" in written and "runs/" not in written
+    named = name_repository(written, "jane/austen")
+    assert "pipeline('text-generation', 'jane/austen')" in named and "user/novel" not in named
+    text.rename("moved.txt")  # the data are gone: the card made anew says the same
+    assert main(["card", "runs/novel"]) == 0
+    assert Path("runs/novel/model/README.md").read_text() == written
+
+
+@pytest.mark.parametrize("name", ["uoft-cs/cifar10", "digits"])
+def test_names_on_the_hub_stay(name):
+    card = model_card(tiny_dit(3), title="t", usage="pass", dataset=name, figures={"held_out_loss": 0.25})
+    assert card.data.eval_results[0].dataset_type == name and f"| data | {name} |" in str(card)
+
+
+def test_the_texts_of_a_card_are_in_words():
+    text = str(model_card(blocked_lm(), title="tiny", usage="pass"))
+    assert "A Llama-style language model cut into" in text or "A pretrained Llama model" in text
+    assert "one auxiliary layer stands" in text and "layer(s)" not in text
+    assert "noise levels" not in text and "sigma" not in text and "preconditioning" not in text
+    assert "Edges (noise levels" in str(model_card(blocked_lm(preset="paper"), title="tiny", usage="pass"))
+    assert with_article("ViT classifier") == "A ViT classifier" and with_article("Olmo") == "An Olmo"

@@ -23,6 +23,7 @@ from .agreement import first_difference
 from .auto_classes import CONFIGS
 from .config_checks import check_model_type
 from .configuration import DiffusionBlocksConfig
+from .repository.block_table import CARD_NAME
 from .repository.saved_model import SavedModel
 from .serialization import INDEX_NAME, SHARED_NAME, block_file
 from .units import human_bytes
@@ -59,12 +60,14 @@ def merge_blocks(
     wait: float | int = 0,
     dry_run: bool = False,
     say: Say = lambda line: None,
+    finish: Callable[[Path, list[Part]], None] = lambda directory, parts: None,
 ) -> Path:
     """Make one checkpoint of all blocks out of directories that hold some each.
 
     Every file is checked against its SHA-256. The directory appears complete or not at all; the sources stay as they
     are. A block may lie in several directories (a job of a cascade also holds the blocks below its own) if its files
-    are the same. Files beside the weights are taken over; they too must agree, except for the model cards.
+    are the same. Files beside the weights are taken over; they too must agree, except for the model cards: that of a
+    part with all blocks is kept.
 
     Args:
         directories: what ``save_pretrained`` or ``diffusionblocks train --block b`` wrote; a run's directory stands for
@@ -73,6 +76,7 @@ def merge_blocks(
         wait: seconds to wait for directories or blocks that are not there yet.
         dry_run: check everything, say what would be written, and write nothing.
         say: gets a line for each block, and for what is waited for.
+        finish: is called with the directory before it appears, and the parts: it may write more beside the weights.
 
     Returns:
         The output directory.
@@ -123,6 +127,7 @@ def merge_blocks(
         for name in sources:
             serialization.verify_file(staging / name, index)
         serialization.write_json(staging / INDEX_NAME, index)
+        finish(staging, parts)
         if target.is_dir():
             target.rmdir()
         os.replace(staging, target)
@@ -302,7 +307,15 @@ def _companions(parts: list[Part]) -> dict[str, Path]:
                 raise ValueError(
                     f"{other} and {path} differ. Make them the same, or remove those that do not belong to the model."
                 )
+    whole = whole_part(parts)
+    if whole is not None and (whole.directory / CARD_NAME).is_file():
+        found[CARD_NAME] = whole.directory / CARD_NAME
     return found
+
+
+def whole_part(parts: list[Part]) -> Part | None:
+    """A part that holds all blocks, if there is one: the merged model is the same, bit for bit."""
+    return next((part for part in parts if len(part.blocks) == part.config["num_blocks"]), None)
 
 
 # -- writing ------------------------------------------------------------------------------------------------------

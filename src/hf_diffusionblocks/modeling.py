@@ -255,18 +255,21 @@ class BlockedPreTrainedModel(BlockFiles, StreamedBlocks, PushedBlocks, PreTraine
         print(format_block_parameters(self))
 
 
-def format_block_parameters(model: BlockedPreTrainedModel) -> str:
-    """The table that ``BlockedPreTrainedModel.print_block_parameters`` prints."""
+def format_block_parameters(model: BlockedPreTrainedModel, noise: bool = True) -> str:
+    """The table that ``BlockedPreTrainedModel.print_block_parameters`` prints; ``noise``: with the noise levels."""
     total = sum(p.numel() for p in model.parameters())
-    lines = [f"{'block':<8}{'layers':<12}{model.partition.noise.symbol:<24}{'params':>14}{'share %':>10}"]
+    width = 24 if noise else 0
+    symbol = model.partition.noise.symbol if noise else ""
+    lines = [f"{'block':<8}{'layers':<12}{symbol:<{width}}{'params':>14}{'share %':>10}"]
     for block in model.resident_blocks:
         layers, (low, high) = model.partition.layers(block), model.partition.range(block)
         count = sum(p.numel() for _, p in model.block_parameters(block))
         span = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
-        lines.append(f"{block:<8}{span:<12}{f'{high:.4g} to {low:.4g}':<24}{count:>14,}{100 * count / total:>10.2f}")
+        levels = f"{high:.4g} to {low:.4g}" if noise else ""
+        lines.append(f"{block:<8}{span:<12}{levels:<{width}}{count:>14,}{100 * count / total:>10.2f}")
     shared = sum(p.numel() for _, p in model.shared_parameters())
-    lines.append(f"{'shared':<44}{shared:>14,}{100 * shared / total:>10.2f}")
-    lines.append(f"{'all':<44}{total:>14,}{100.0:>10.2f}")
+    lines.append(f"{'shared':<{20 + width}}{shared:>14,}{100 * shared / total:>10.2f}")
+    lines.append(f"{'all':<{20 + width}}{total:>14,}{100.0:>10.2f}")
     return "\n".join(lines)
 
 

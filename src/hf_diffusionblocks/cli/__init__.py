@@ -1,7 +1,9 @@
 """The command line: parses and calls ``hf_diffusionblocks.jobs``. Heavy imports wait until a command runs."""
 
+import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from ..strict_json import known, to_json
@@ -30,6 +32,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"diffusionblocks: {error}", file=sys.stderr)
         return 2
     args = parse(argv)
+    with warnings.catch_warnings():
+        if not args.debug:
+            warnings.showwarning = _show_warning
+        return _run(args)
+
+
+def _show_warning(message: Warning | str, *place: object, **more: object) -> None:
+    """A warning as one line on stderr, without the line of Python that it comes from."""
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run a command that is parsed; returns the exit code."""
     try:
         from .commands import run
 

@@ -221,9 +221,9 @@ def _encode(args: argparse.Namespace, say: Say) -> Any:
 
 
 def _merge(args: argparse.Namespace, say: Say) -> Any:
-    from ..merging import merge_blocks
+    from .. import jobs
 
-    merged = merge_blocks(args.directories, args.output_dir, wait=args.wait, dry_run=args.dry_run, say=say)
+    merged = jobs.merge(args.directories, args.output_dir, wait=args.wait, dry_run=args.dry_run, say=say)
     if args.dry_run:
         return {"model": str(merged), "dry_run": True}
     say(f"merged in {merged}")

@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import serialization
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 from ..units import human_seconds
-from .card_texts import description, intended_use, settings
+from .card_texts import description, intended_use, settings, uses_noise
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -36,6 +36,8 @@ _TEMPLATE = """---
 ```python
 {{ usage }}
 ```
+
+In place of the name on the Hub, give the directory if the model lies on your disk.
 
 Load some blocks only, for instance to go on training one: `{{ class_name }}.from_pretrained(path, blocks=[1])`.
 
@@ -74,13 +76,15 @@ def model_card(
         usage: Python lines that load and use it.
         training: settings to list.
         figures: measured figures, names to values; numbers become results in the metadata.
-        dataset: name of the training data; a Hub id goes into the metadata.
+        dataset: name of the training data; a Hub id goes into the metadata, of a path on this disk its last part only.
         pipeline_tag: the Hub's task.
         base_model: the pretrained network that was cut; a Hub id goes into the metadata.
         made: where, when and how it was made: command, hardware, date, versions.
         license: the Hub's identifier of the weights' licence, such as ``apache-2.0``; none is made up.
     """
     made, figures = dict(made or {}), dict(figures or {})
+    local = dataset is not None and is_local(dataset)
+    shown, data_name = (Path(dataset).name, Path(dataset).stem) if dataset and local else (dataset, dataset)
     if isinstance(seconds := figures.get("training_seconds"), (int, float)):
         made["training time"] = human_seconds(seconds)
     kept = {name: value for name, value in figures.items() if value is not None and not name.endswith(_NO_FIGURES)}
@@ -88,8 +92,8 @@ def model_card(
     results = [
         EvalResult(
             task_type=pipeline_tag,
-            dataset_type=dataset or "unknown",
-            dataset_name=dataset or "unknown",
+            dataset_type="unknown" if local else dataset or "unknown",
+            dataset_name=data_name or "unknown",
             metric_type=name,
             metric_value=float(f"{value:.6g}"),
         )
@@ -111,11 +115,11 @@ def model_card(
         template_str=_TEMPLATE,
         title=title,
         class_name=type(model).__name__,
-        description=description(model, base_model),
+        description=description(model, Path(base_model).name if base_model and is_local(base_model) else base_model),
         settings=settings(model),
-        table=format_block_parameters(model),
+        table=format_block_parameters(model, noise=uses_noise(model)),
         usage=usage,
-        training=_table({**({"data": dataset} if dataset else {}), **_sorted(training or {})}) or "Not recorded.",
+        training=_table({**({"data": shown} if dataset else {}), **_sorted(training or {})}) or "Not recorded.",
         made=_table(made | ({"license": license} if license else {})) or "Not recorded.",
         intended_use=intended_use(model),
         figures=_table(figures) or "None were measured.",
@@ -128,8 +132,18 @@ _NO_FIGURES = ("_seconds", "updates_per_block")
 _NO_METRICS = ("guidance_scale", "_standard_error", "_monte_carlo_error", "_std", "classifier_accuracy")
 
 
+# Files that data may lie in; names on the Hub do not end so.
+_DATA_FILES = (".txt", ".md", ".text", ".rst", ".tex", ".parquet", ".json", ".jsonl", ".csv", ".arrow")
+
+
+def is_local(name: str) -> bool:
+    """Whether data or a base are a path, there or no longer there, rather than a name or an id on the Hub."""
+    looks = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith(_DATA_FILES)
+    return looks or "\\" in name or Path(name).exists()
+
+
 def _is_hub_id(name: str | None) -> bool:
-    return name is not None and name.count("/") == 1 and not Path(name).exists()
+    return name is not None and name.count("/") == 1 and not is_local(name)
 
 
 def write_model_card(directory: str | Path, card: ModelCard) -> Path:

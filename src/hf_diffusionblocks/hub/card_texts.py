@@ -1,5 +1,7 @@
 """The sentences of a model card, by family and settings."""
 
+from transformers import CONFIG_MAPPING
+
 from ..families.categorical_config import CategoricalConfig
 from ..families.masked_lm_config import BlockedMaskedLMConfig
 from ..families.recurrent_config import BlockedRecurrentConfig
@@ -13,6 +15,25 @@ _TARGETS = {
 }
 
 
+_STYLE = {"language model": "-style "}
+
+
+def architecture(config: CategoricalConfig | BlockedMaskedLMConfig) -> str:
+    """The name of a base's architecture as transformers spells it: ``Llama`` of ``llama``, ``ViT`` of ``vit``."""
+    kind = config.base_config["model_type"]
+    return CONFIG_MAPPING[kind].__name__.removesuffix("Config") if kind in CONFIG_MAPPING else kind
+
+
+def with_article(words: str) -> str:
+    """``A`` or ``An`` before words that begin a sentence."""
+    return f"{'An' if words[0] in 'AEIOUaeio' else 'A'} {words}"
+
+
+def uses_noise(model: BlockedPreTrainedModel) -> bool:
+    """Whether noise levels decide anything: not in a model with categorical targets and a clean readout."""
+    return not isinstance(model.config, CategoricalConfig) or model.config.two_stream
+
+
 def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     """What the model is and how its blocks were trained."""
     config, count = model.config, model.partition.num_blocks
@@ -20,7 +41,7 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     source = f"(DiffusionBlocks, {link[1:]}"
     blocks = f"{count} blocks" if count > 1 else "one block"
     if isinstance(config, BlockedMaskedLMConfig):
-        made = base_model or f"A {config.base_config['model_type']} network"
+        made = base_model or with_article(f"{architecture(config)}-style network")
         return (
             f"{made} that reads both sides, cut into {blocks} and trained block by block by masked diffusion {source}. "
             "Each block knows rows of its own range of mask rates, block 0 those with most tokens hidden; sampling "
@@ -31,9 +52,11 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
             f"A {type(model).__name__} cut into {blocks} and trained block by block with denoising score matching "
             f"{source}. Each block is a denoiser for its own range of noise levels; sampling runs one block per step."
         )
-    kind = config.base_config["model_type"]
+    kind = architecture(config)
     target, inputs, name = _TARGETS.get(config.model_type, _TARGETS["blocked_causal_lm"])
-    made = f"{base_model or f'A pretrained {kind} model'}" if config.pretrained else f"A {kind} {name}"
+    made = base_model or f"A pretrained {kind} model"
+    if not config.pretrained:
+        made = with_article(kind + _STYLE.get(name, " ") + name)
     if isinstance(config, BlockedRecurrentConfig):
         parts = f"{len(config.prelude)} prelude, {len(config.core)} core and {len(config.coda)} coda layers"
         how = (
@@ -56,14 +79,12 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     noise = (
         f" Each block denoises the {target}'s embedding in its own range of noise levels."
         if config.two_stream
-        else " No block needs noise to be trained; the noise levels below are those that sampling along the grid uses."
+        else " No block uses noise."
     )
-    auxiliary = (
-        f" In training, {config.auxiliary_layers} auxiliary layer(s) stand between a block and its loss; they are not "
-        "used afterwards."
-        if config.auxiliary_layers_of(0)
-        else ""
-    )
+    auxiliary = ""
+    if extra := config.auxiliary_layers_of(0):
+        stands, are = ("one auxiliary layer stands", "is") if extra == 1 else (f"{extra} auxiliary layers stand", "are")
+        auxiliary = f" In training, {stands} between a block and its loss, and {are} not used afterwards."
     return f"{made} cut into {blocks}, {how} {source}. {context}{auxiliary}{noise}"
 
 
@@ -121,6 +142,8 @@ def settings(model: BlockedPreTrainedModel) -> str:
             f"Edges (mask rates, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}. "
             f"Schedule: {config.schedule}. The layers {told} the mask rate. Mask token: {config.mask_token_id}."
         )
+    if not uses_noise(model):
+        return f"Readout: {config.readout}. Context: {config.context}."
     text = f"Edges (noise levels, descending): {edges}. Partition: {config.partition}, overlap {config.overlap}, "
     text += f"preconditioning {config.preconditioning}."
     if isinstance(config, CategoricalConfig):

@@ -4,6 +4,8 @@
 """
 
 import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -32,6 +34,7 @@ from .common import (
 from .dry_checks import check_data
 from .images import ImageRun, build_trainer, load_data, sample
 from .masked_text import MaskedTextRun, sample_masked
+from .merged import merge as merge_jobs
 from .run import Run
 from .text import CausalTextRun, sample_text
 
@@ -158,6 +161,26 @@ def card(run_dir: str, output: str | None = None, say: Say = print) -> Path:
     return path
 
 
+def merge(
+    directories: Sequence[str | os.PathLike],
+    output_dir: str | os.PathLike,
+    *,
+    wait: float | int = 0,
+    dry_run: bool = False,
+    say: Say = print,
+) -> Path:
+    """``diffusionblocks merge``: ``merge_blocks``; the merged model keeps the jobs' recipe and gets a card.
+
+    Args:
+        directories: of the jobs, or of the models that they saved.
+        output_dir: a new or empty directory.
+        wait: seconds to wait for directories or blocks that are not there yet.
+        dry_run: check everything and write nothing.
+        say: prints.
+    """
+    return merge_jobs(directories, output_dir, RUNS, wait=wait, dry_run=dry_run, say=say)
+
+
 def next_command(recipe: Recipe, model_dir: Path) -> str:
     """What to try with a model that a recipe has just trained."""
     if recipe.kind.job == "classification":
@@ -231,6 +254,7 @@ __all__ = [
     "evaluate",
     "family_of",
     "load_data",
+    "merge",
     "next_command",
     "pick_device",
     "plan",

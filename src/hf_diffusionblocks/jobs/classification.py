@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from transformers import AutoModelForImageClassification
@@ -105,7 +105,7 @@ class ClassifierRun(Run):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model: BlockedForImageClassification, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForImageClassification, model_dir: PurePath) -> list[str]:
         return [
             "import hf_diffusionblocks",
             "from transformers import pipeline",

@@ -132,13 +132,14 @@ def new_directory(path: str) -> Path:
 
 
 def read_recipe_of(model_dir: str) -> dict[str, Any] | None:
-    """The recipe that a saved model was trained with, if it lies beside it.
+    """The recipe that a saved model was trained with: in a merged model's directory, or beside a run's model.
 
     Raises:
         ValueError: if what lies there is no recipe.
     """
-    path = Path(model_dir).parent / RECIPE_NAME
-    if not path.is_file():
+    places = (Path(model_dir), Path(model_dir).parent)
+    path = next((place / RECIPE_NAME for place in places if (place / RECIPE_NAME).is_file()), None)
+    if path is None:
         return None
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

@@ -1,6 +1,6 @@
 """What each command does with models of images."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -125,7 +125,7 @@ class ImageRun(Run):
             ("losses", plots.plot_losses(self.output, folder / "losses.png")),
         ]
 
-    def usage_lines(self, model: BlockedDiTModel, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedDiTModel, model_dir: PurePath) -> list[str]:
         labels = list(range(min(4, model.config.num_classes)))
         return [
             "from hf_diffusionblocks import BlockedDiTPipeline",

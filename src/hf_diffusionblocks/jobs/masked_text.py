@@ -1,6 +1,6 @@
 """What each command does with masked diffusion language models."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class MaskedTextRun(TextRun):
             ("the partition", plots.plot_partition(model.partition, folder / "partition.png")),
         ]
 
-    def usage_lines(self, model: BlockedForMaskedLM, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForMaskedLM, model_dir: PurePath) -> list[str]:
         return [
             "from transformers import AutoTokenizer",
             "from hf_diffusionblocks import BlockedForMaskedLM, unmask",

@@ -4,19 +4,21 @@ load the data -> build the trainer -> train -> save the model, what belongs besi
 report. A family's class fills in the steps; what happens when, and in which process of a run, stands here alone.
 """
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModel, TrainerCallback
 
 from .. import serialization
 from ..evaluation import format_figures
 from ..hub import model_card, write_model_card
+from ..hub.card import is_local
 from ..memory import MemoryPlan
 from ..modeling import BlockedPreTrainedModel, format_block_parameters
 from ..recipes import Recipe
 from ..report.run_state import read_object
+from ..repository.block_table import stand_in
 from ..run_names import FIGURES_DIR, FIGURES_NAME, MODEL_DIR, RECIPE_NAME
 from ..training import DiffusionBlocksTrainer
 from ..training.checkpoint import find_checkpoints
@@ -109,7 +111,7 @@ class Run:
         """Lines that show a sample."""
         return []
 
-    def usage_lines(self, model: BlockedPreTrainedModel, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedPreTrainedModel, model_dir: PurePath) -> list[str]:
         """The lines of Python that load a saved model and use it."""
         raise TypeError(f"{type(self).__name__} must define usage_lines().")
 
@@ -168,6 +170,8 @@ class Run:
         device, model = trainer.model.device, trainer.model
         if trainer.is_job:
             merged = merge_jobs(self.output, summary, self.say)
+            if merged is not None:
+                self.write_card(described(merged), merged, {})
             if merged is not None and self.report:
                 self.write_report(self._load(merged, device), summary)
             return model_dir if merged is None else merged
@@ -196,18 +200,25 @@ class Run:
         return figures
 
     def write_card(
-        self, model: BlockedPreTrainedModel, model_dir: Path, figures: dict[str, Any], path: Path | None = None
+        self,
+        model: BlockedPreTrainedModel,
+        model_dir: Path,
+        figures: dict[str, Any],
+        path: Path | None = None,
+        runs: tuple[Path, ...] = (),
     ) -> None:
-        """Write a model's card into its directory, or to ``path``."""
+        """Write a model's card into its directory, or to ``path``; ``runs`` are those it was made by, if not this."""
         recipe = self.recipe
+        own = isinstance(recipe.data.name, str) and is_local(recipe.data.name)
+        title = (self.output.resolve().name or recipe.name) if own else recipe.name
         card = model_card(
             model,
-            title=recipe.name,
-            usage="\n".join(self.usage_lines(model, model_dir)),
+            title=title,
+            usage="\n".join(self.usage_lines(model, stand_in(title))),
             training={"method": recipe.method, **{k: v for k, v in recipe.training.items() if k not in _OF_THE_RUN}},
             figures=figures,
             dataset=recipe.data.name if isinstance(recipe.data.name, str) else None,
-            made=read_record(self.output),
+            made=read_record(*(runs or (self.output,))),
             license=recipe.license,
             **self.card_settings(),
         )
@@ -219,6 +230,12 @@ class Run:
     def _say(self, *lines: str) -> None:
         for line in lines:
             self.say(line)
+
+
+def described(model_dir: Path) -> BlockedPreTrainedModel:
+    """A saved model without its weights, which a card does not need."""
+    with torch.device("meta"):
+        return AutoModel.from_config(AutoConfig.from_pretrained(model_dir))
 
 
 def _done(summary: dict[str, Any], first: int) -> str:

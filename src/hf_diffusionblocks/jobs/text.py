@@ -1,6 +1,6 @@
 """What each command does with language models."""
 
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ class CausalTextRun(TextRun):
             pictures.append(("the partition", plots.plot_partition(model.partition, folder / "partition.png")))
         return pictures
 
-    def usage_lines(self, model: BlockedForCausalLM, model_dir: Path) -> list[str]:
+    def usage_lines(self, model: BlockedForCausalLM, model_dir: PurePath) -> list[str]:
         prompt = self.recipe.sampling.prompts[0]
         call = f"pipeline('text-generation', {str(model_dir)!r})({prompt!r}, max_new_tokens=50)"
         return [

@@ -1,6 +1,7 @@
 """The card of a repository that is filled block by block: metadata, and a table of the blocks that are there."""
 
 import re
+from pathlib import PurePosixPath
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -26,6 +27,7 @@ def register_task(model_type: str, like: str) -> None:
 
 
 _BEGIN, _END = "<!-- blocks in this repository -->", "<!-- end of blocks -->"
+_USAGE = re.compile(r"^## How to load$.*?^## ", re.DOTALL | re.MULTILINE)
 _SECTION = re.compile(rf"{re.escape(_BEGIN)}.*?{re.escape(_END)}", re.DOTALL)
 
 _TEXT = """---
@@ -44,6 +46,16 @@ from transformers import AutoModel
 model = AutoModel.from_pretrained("path/or/name")  # all blocks; blocks=[1] loads one
 ```
 """
+
+
+def stand_in(name: str) -> PurePosixPath:
+    """The id in a card's lines that load the model, before a push knows the repository: ``user/name``."""
+    return PurePosixPath("user", re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "model")
+
+
+def name_repository(text: str, repo_id: str) -> str:
+    """A card whose lines that load the model name a repository, in place of the ``stand_in``."""
+    return _USAGE.sub(lambda found: re.sub(r"'user/[\w.-]+'", f"'{repo_id}'", found[0]), text)
 
 
 def complete_card(text: str | None, config: dict[str, Any], index: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ from ..retrying import Retries, in_one_line, why_unreachable
 from ..serialization import INDEX_NAME, SHARED_NAME, block_file
 from ..strict_json import to_json
 from ..units import human_bytes
-from .block_table import CARD_NAME, LIBRARY_NAME, complete_card
+from .block_table import CARD_NAME, LIBRARY_NAME, complete_card, name_repository
 from .saved_model import SavedModel
 
 _WEIGHT_FILE = re.compile(r"shared\.safetensors|block-\d{2,}\.safetensors")
@@ -210,6 +210,7 @@ def compose(local: LocalModel, remote: RemoteModel, repo_id: str) -> dict[str, b
     card = local.directory / CARD_NAME
     text = card.read_text(encoding="utf-8") if card.is_file() else None
     old = remote.texts.get(CARD_NAME)
+    text = name_repository(text, repo_id) if text is not None else None
     text = complete_card((old or text) if joins else (text or old), config, index)
     for name, content in (
         ("config.json", _json(config)),

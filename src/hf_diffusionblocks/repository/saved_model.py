@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import serialization
+from ..run_names import RECIPE_NAME
 from ..serialization import INDEX_NAME, SHARED_NAME
 from .block_table import CARD_NAME
 
@@ -32,8 +33,8 @@ class SavedModel:
         return known or serialization.sha256(self.directory / name)
 
     def companions(self) -> Iterator[tuple[str, Path]]:
-        """Names and paths of the files beside weights, config, index and card."""
-        own = {*self.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME}
+        """Names and paths of the files beside weights, config, index, card and the recipe of a merged model."""
+        own = {*self.index["weight_map"].values(), SHARED_NAME, INDEX_NAME, "config.json", CARD_NAME, RECIPE_NAME}
         for path in sorted(self.directory.rglob("*")):
             pieces = path.relative_to(self.directory).parts
             hidden = any(piece.startswith(".") for piece in pieces)

@@ -53,9 +53,9 @@ def record_run(directory: Path, device: torch.device, command: str | None = None
     serialization.write_json(directory / RECORD_NAME, values)
 
 
-def read_record(output_dir: Path) -> dict[str, str]:
-    """What is recorded of a run and of its jobs, in words: ``command``, ``hardware``, ``date``, ``versions``."""
-    records = [record for path in (output_dir, *find_jobs(output_dir)) if (record := _read(path))]
+def read_record(*output_dirs: Path) -> dict[str, str]:
+    """What is recorded of runs and of their jobs, in words: ``command``, ``hardware``, ``date``, ``versions``."""
+    records = [record for run in output_dirs for path in (run, *find_jobs(run)) if (record := _read(path))]
     commands = list(dict.fromkeys(c for r in records if isinstance(c := r.get("command"), str)))
     machines = list(dict.fromkeys(m for r in records for m in r.get("hardware", []) if isinstance(m, str)))
     dates = [date for r in records if isinstance(date := r.get("date"), str)]
