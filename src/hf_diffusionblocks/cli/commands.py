@@ -281,11 +281,10 @@ def _recipes(args: argparse.Namespace, say: Say) -> Any:
 
 
 def _completion(args: argparse.Namespace, say: Say) -> Any:
-    import shtab
-
+    from .completion import completion_script
     from .parser import build_parser
 
-    say(shtab.complete(build_parser(), shell=args.shell))
+    say(completion_script(build_parser(), args.shell))
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:
