@@ -246,7 +246,7 @@ def _push(args: argparse.Namespace, say: Say) -> Any:
     )
     say(str(push))
     if push.commit is not None or (push.files and not args.dry_run):
-        say(f"next: diffusionblocks sample {args.repo_id}")
+        say(f"next: diffusionblocks sample {push.repo_id}")
     return dataclasses.asdict(push)
 
 

@@ -279,7 +279,7 @@ def _add_push(commands: Any) -> None:
         "  diffusionblocks push runs/block-1/model user/digits-dit --block 1   # others push the other blocks",
     )
     parser.add_argument("model", help="directory of a saved model")
-    parser.add_argument("repo_id", help="user/model; made if it does not exist")
+    parser.add_argument("repo_id", help="user/model, or model alone if you are logged in; made if it does not exist")
     parser.add_argument("--block", type=int, action="append", help="send this block only (repeatable); default: all")
     parser.add_argument("--revision", help="a branch; made if it does not exist")
     parser.add_argument("--message", help="of the commit")
