@@ -52,7 +52,8 @@ def _recipe(args: argparse.Namespace, say: Say) -> Any:
     from ..recipes import load_recipe
     from ..recipes.own_data import SCORED_ON_TRAINING, recipe_for
 
-    overrides, name, chosen = list(args.overrides), args.recipe, []
+    overrides, name = list(args.overrides), args.recipe
+    chosen: list[str] = []
     if args.data is not None:
         if name is None:
             name, chosen = recipe_for(args.data)
