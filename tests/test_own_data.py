@@ -1,17 +1,17 @@
 """Data of one's own that are small, odd or broken: what is made of them, and what is said before a training begins."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hf_diffusionblocks.cli import main
 from hf_diffusionblocks.data import load_image_dataset
 from hf_diffusionblocks.data.text_bytes import check_utf8, read_text
-from hf_diffusionblocks.jobs import dry_checks
+from hf_diffusionblocks.jobs import RUNS, dry_checks
 from hf_diffusionblocks.jobs.text_pieces import load_data, make_tokenizer
 from hf_diffusionblocks.recipes import load_recipe
 from hf_diffusionblocks.recipes.own_data import recipe_for
@@ -117,44 +117,48 @@ def test_images_that_cannot_be_read_are_named_counted_and_to_be_removed(tmp_path
         load_image_dataset(str(data.parent), image_size=8)
 
 
-def dry_run(place: Path, *settings: str) -> int:
-    return main(["train", "--data", str(place), *settings, "--output-dir", str(place.parent / "run"), "--dry-run"])
+def looked_at(place: Path, *settings: str, report: bool = True) -> list[str]:
+    """What a dry run does with data, without its plan."""
+    name, chosen = recipe_for(str(place))
+    recipe = load_recipe(name, [*chosen, *settings])
+    with torch.device("meta"):
+        model = None if recipe.kind.has_text else recipe.kind.model_class(recipe.config())
+    return dry_checks.check_data(RUNS[recipe.kind.job](recipe, report=report), model)
 
 
-def test_a_dry_run_loads_small_data_and_says_what_they_are(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text(TEXT * 6)
-    assert dry_run(tmp_path / "a.txt") == 0
-    assert "text: 46 rows of 128 tokens, vocabulary" in capsys.readouterr().out
+def test_a_dry_run_says_what_small_data_are(tmp_path, capsys):
     write_images(tmp_path / "flat", 12)
-    assert dry_run(tmp_path / "flat", *SMALL_DIT) == 0
+    assert main(["train", "--data", str(tmp_path / "flat"), *SMALL_DIT, "--dry-run", "--no-report"]) == 0
     said = capsys.readouterr().out
-    assert "images: 9, in 1 class; held out: 3" in said and "all images are of one class" in said
-    assert "warning" not in said and not (tmp_path / "run").exists()
+    assert "images: 9, in 1 class; held out: 3" in said and "dry run: would train" in said and "warning" not in said
+    write_images(tmp_path / "few", 3)
+    assert main(["train", "--data", str(tmp_path / "few"), *SMALL_DIT, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "warning: so few images leave none to hold out: scores are of the training images." in said
+    assert "all images are of one class" in said
 
 
-def test_a_dry_run_refuses_text_that_the_run_refuses(tmp_path, capsys):
-    for text, words in ((TEXT, "the held-out part"), ("one line", "the training part")):
-        (tmp_path / "a.txt").write_text(text)
-        assert dry_run(tmp_path / "a.txt") == 2
-        assert words in capsys.readouterr().err
+@pytest.mark.parametrize(("text", "words"), [(TEXT, "the held-out part"), ("one line", "the training part")])
+def test_a_dry_run_refuses_text_that_the_run_refuses(text, words, tmp_path):
+    (tmp_path / "a.txt").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        looked_at(tmp_path / "a.txt")
 
 
-def test_a_dry_run_refuses_images_that_the_run_refuses(tmp_path, capsys, monkeypatch):
+def test_a_dry_run_refuses_images_that_the_run_refuses(tmp_path, monkeypatch):
     data = tmp_path / "data"
     for name in ("cat", "dog", "emu"):
         write_images(data / name, 1)
-    assert dry_run(data, *SMALL_DIT) == 2
-    said = capsys.readouterr()
-    assert "warning: so few images leave none to hold out: scores are of the training images." in said.out
-    assert "3 held-out images are too few to score" in said.err
-    assert dry_run(data, *SMALL_DIT, "--no-report") == 0
-    assert dry_run(data, *SMALL_DIT, "--no-report", "model.num_embeds_ada_norm=2") == 2
-    assert "model.num_embeds_ada_norm" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="3 held-out images are too few to score"):
+        looked_at(data, *SMALL_DIT)
+    assert looked_at(data, *SMALL_DIT, report=False)
+    with pytest.raises(ValueError, match="model.num_embeds_ada_norm"):
+        looked_at(data, *SMALL_DIT, "model.num_embeds_ada_norm=2", report=False)
     (data / "emu" / "0.png").write_bytes(b"no image")
     for limit in (dry_checks.SMALL_IMAGES, 100):  # loaded; or too large for that, and the first of each class is opened
         monkeypatch.setattr(dry_checks, "SMALL_IMAGES", limit)
-        assert dry_run(data, *SMALL_DIT, "--no-report") == 2
-        assert re.search(r"emu/0.png\)? cannot be read: .* Remove or replace it", capsys.readouterr().err)
+        with pytest.raises(ValueError, match=r"emu/0.png\)? cannot be read: .* Remove or replace it"):
+            looked_at(data, *SMALL_DIT)
 
 
 def test_images_of_one_class_are_held_out_if_there_are_five(tmp_path):
