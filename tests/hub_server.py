@@ -221,6 +221,9 @@ class _Handler(BaseHTTPRequestHandler):
             repository.commit("main", {".gitattributes": text}, set(), "initial commit")
         self._answer(200, {"url": f"{self.hub.url}/{repo_id}", "name": repo_id})
 
+    def whoami(self) -> None:
+        self._answer(200, {"type": "user", "name": "someone"})
+
     def branch(self, repo_id: str, name: str) -> None:
         repository = self.hub.repositories[repo_id]
         with self.hub.lock:
@@ -371,6 +374,7 @@ def _blob_id(content: bytes) -> str:
 _ID = r"([\w.-]+/[\w.-]+)"
 _ROUTES = [
     ("POST", r"/api/repos/create", _Handler.create),
+    ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/validate-yaml", _Handler.validate),
     ("POST", rf"/api/models/{_ID}/branch/(.+)", _Handler.branch),
     ("GET", rf"/api/models/{_ID}", _Handler.info),

@@ -2,10 +2,12 @@
 
 import json
 import os
+import platform
 import re
 import shlex
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import hf_diffusionblocks
 from hf_diffusionblocks.cli import build_parser, main
 from hf_diffusionblocks.data import ImageDataset
 from hf_diffusionblocks.recipes import load_recipe
@@ -183,6 +186,17 @@ def test_shells_can_complete_it(shell, capsys):
     assert main(["completion", shell]) == 0
     script = capsys.readouterr().out
     assert "diffusionblocks" in script and "residency" in script
+
+
+def test_versions_are_told_without_importing_what_they_are_of():
+    code = "import runpy, sys\nsys.argv = ['diffusionblocks', '--version']\n"
+    code += "try: runpy.run_module('hf_diffusionblocks', run_name='__main__')\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours, below, loaded = done.stdout.splitlines()
+    assert ours == f"hf-diffusionblocks {hf_diffusionblocks.__version__}" and done.stderr == ""
+    for name in ("torch", "transformers", "diffusers"):
+        assert f"{name} {metadata.version(name)}" in below and name not in loaded.split()
+    assert f"Python {platform.python_version()}" in below
 
 
 def test_every_command_has_examples_and_json():

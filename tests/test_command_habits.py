@@ -103,7 +103,7 @@ def test_ctrl_c_says_what_is_kept(command, says, monkeypatch, capsys):
     assert "interrupted. 50 of 52 images are in samples." in error and says in error and "again" in error
 
 
-def test_images_drawn_before_ctrl_c_are_kept(saved, tmp_path, monkeypatch):
+def test_images_drawn_before_ctrl_c_are_kept(saved, tmp_path, monkeypatch, capsys):
     from hf_diffusionblocks.jobs import sample, sample_files
 
     real, calls = sample_files.sample_images, []
@@ -115,9 +115,17 @@ def test_images_drawn_before_ctrl_c_are_kept(saved, tmp_path, monkeypatch):
         return real(*args, **kwargs)
 
     monkeypatch.setattr(sample_files, "sample_images", second_fails)
+
+    def stop_at_once(*args, **kwargs):
+        raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt, match=r"50 of 60 images are in"):
         sample(str(saved / "model"), str(tmp_path), class_labels=[1], per_class=60, num_inference_steps=2)
     assert len(list(tmp_path.glob("0*.png"))) == 50
+    monkeypatch.setattr(sample_files, "sample_images", stop_at_once)
+    assert main(["sample", str(saved / "model"), "--output-dir", str(tmp_path / "none")]) == 130
+    error = capsys.readouterr().err
+    assert "No image was drawn yet." in error and "kept" not in error
 
 
 def test_a_real_ctrl_c_ends_training_with_a_checkpoint_and_130(tmp_path):

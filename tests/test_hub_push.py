@@ -229,6 +229,23 @@ def test_a_dry_run_without_the_hub_shows_the_most_that_would_be_sent(hub, origin
     assert [(f.name, f.size) for f in planned.files] == [(f.name, f.size) for f in sent.files]
 
 
+def test_a_name_without_a_user_is_that_of_the_one_who_is_logged_in(hub, original, capsys, monkeypatch):
+    push_directory(original / "job-0", REPO)
+    for dry in (["--dry-run"], []):
+        assert main(["push", str(original / "job-1"), REPO.partition("/")[2], *dry]) == 0
+        told = capsys.readouterr().out
+        assert f"sent to {REPO}:" in told and SHARED_NAME not in told
+    assert f"next: diffusionblocks sample {REPO}" in told and set(hub.repositories) == {REPO}
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("hf_diffusionblocks.repository.pushing.get_token", lambda: None)
+    seen = len(hub.requests)
+    for name, says in (("badname", "write user/badname, or log in"), ("bad name", "Repo id must")):
+        for dry in (["--dry-run"], []):
+            assert main(["push", str(original / "job-1"), name, *dry]) == 2
+            assert says in capsys.readouterr().err
+    assert len(hub.requests) == seen
+
+
 # -- pushes that meet --------------------------------------------------------------------------------------------
 
 

@@ -146,6 +146,23 @@ def test_nothing_a_run_holds_runs_or_widens_the_page(open_page, tmp_path):
     assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 0)")
 
 
+def test_the_whole_table_of_blocks_is_in_sight_on_a_phone(open_page, tmp_path):
+    """With figures as wide as they come: nothing lies beside the screen, no word is broken, the caption wraps."""
+    run = make_run(tmp_path / "run")
+    wide = {"layers": [100, 101], "range": [0.002345, 1234.5], "updates": 123_456, "of": 1_000_000, "place": "device"}
+    write_status(run, blocks=[wide | {"block": b} for b in range(12)])
+    (run / "updates.jsonl").write_text("".join(row(b, 1, 1.234e-05) for b in range(12)))
+    with serving(run) as server:
+        for url in (server.url, write_report(run).as_uri()):
+            page = open_page(url, PHONE)
+            assert page.evaluate("(e => e.scrollWidth <= e.clientWidth)(document.querySelector('.scroll'))")
+            inside = "[...document.querySelectorAll('.scroll :is(caption, th, td)')].map(e => %s)"
+            rights = page.evaluate(inside % "e.getBoundingClientRect().right")
+            assert len(rights) == 1 + 5 * 13 and max(rights) <= PHONE["width"]
+            words = page.evaluate(inside % "[e.innerText, e.scrollWidth <= e.clientWidth]")
+            assert all(fits for _, fits in words) and words[10][0] == "1.234e-05", words
+
+
 @pytest.mark.parametrize("size", [PHONE, DESKTOP], ids=["phone", "desktop"])
 def test_light_and_dark(open_page, tmp_path, size):
     url = write_report(make_run(tmp_path / "run")).as_uri()

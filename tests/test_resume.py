@@ -151,11 +151,11 @@ def run_dir(interrupted, tmp_path) -> Path:
     return Path(shutil.copytree(interrupted, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_update_saves_and_interrupts(tmp_path, number):
+@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "Ctrl-C")])
+def test_a_signal_finishes_the_update_saves_and_interrupts(tmp_path, number, name):
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     trainer = make_trainer(tmp_path, callbacks=[At(i4=lambda: signal.raise_signal(number))], save_steps=3)
-    message = rf"stopped by signal {int(number)} after iteration 4; saved in {tmp_path / 'checkpoint-4'}"
+    message = rf"stopped by {name} after 4 updates; saved in {tmp_path / 'checkpoint-4'}"
     with pytest.raises(KeyboardInterrupt, match=message):
         trainer.train()
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
@@ -177,9 +177,24 @@ def test_a_second_signal_interrupts_at_once(tmp_path):
         signal.raise_signal(signal.SIGINT)
         pytest.fail("the second signal did nothing")
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="No checkpoint was whole yet"):
         make_trainer(tmp_path, callbacks=[At(i2=twice)]).train()
     assert find_checkpoints(tmp_path) == []
+
+
+def test_a_second_signal_while_the_last_checkpoint_is_written_names_the_one_before(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, callbacks=[At(i5=lambda: signal.raise_signal(signal.SIGINT))], save_steps=3)
+    write = trainer._save_checkpoint
+
+    def write_or_stop() -> None:
+        if trainer.iteration == 5:
+            signal.raise_signal(signal.SIGINT)
+        write()
+
+    monkeypatch.setattr(trainer, "_save_checkpoint", write_or_stop)
+    with pytest.raises(KeyboardInterrupt, match=rf"whole checkpoint is {tmp_path / 'checkpoint-3'}; the updates since"):
+        trainer.train()
+    assert [path.name for path in find_checkpoints(tmp_path)] == ["checkpoint-3"]
 
 
 @pytest.mark.parametrize("iteration", [1, 4, 8])

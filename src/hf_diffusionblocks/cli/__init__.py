@@ -12,7 +12,7 @@ from .parser import build_parser, parse
 
 _AFTER_CTRL_C = {
     "train": "Run the same command again to go on.",
-    "sample": "What was drawn is kept. Run the same command again for all of it: it draws the same samples.",
+    "sample": "Run the same command again for all of it: it draws the same samples.",
     "evaluate": "The model is as it was; feature networks and statistics that were made are kept in its cache. Run the "
     "same command again for the figures.",
     "merge": "Nothing half written stays. Run the same command again.",

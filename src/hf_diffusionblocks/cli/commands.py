@@ -50,9 +50,10 @@ def _hide_progress() -> None:
 def _recipe(args: argparse.Namespace, say: Say) -> Any:
     """The recipe that is named, or the one for ``--data``, with its overrides."""
     from ..recipes import load_recipe
-    from ..recipes.own_data import recipe_for
+    from ..recipes.own_data import SCORED_ON_TRAINING, recipe_for
 
     overrides, name = list(args.overrides), args.recipe
+    chosen: list[str] = []
     if args.data is not None:
         if name is None:
             name, chosen = recipe_for(args.data)
@@ -68,7 +69,10 @@ def _recipe(args: argparse.Namespace, say: Say) -> Any:
     overrides += [
         f"{name}={value}" for name in ("method", "match", "layers") if (value := getattr(args, name, None)) is not None
     ]
-    return load_recipe(name, overrides)
+    recipe = load_recipe(name, overrides)
+    if SCORED_ON_TRAINING in chosen and recipe.data.test_fraction is None and recipe.data.test_files is None:
+        say("warning: so few images leave none to hold out: scores are of the training images.")
+    return recipe
 
 
 def _plan(args: argparse.Namespace, say: Say) -> Any:
@@ -104,7 +108,7 @@ def _train(args: argparse.Namespace, say: Say) -> Any:
         recipe.training["output_dir"] = os.path.join("runs", recipe.name + suffix)
     output = Path(recipe.training["output_dir"])
     if args.dry_run:
-        planned = jobs.plan(recipe, say=say, short=True, blocks=args.block, lower=args.lower)
+        planned = jobs.plan(recipe, say=say, short=True, blocks=args.block, lower=args.lower, report=not args.no_report)
         words = _words(args, method=args.method, match=args.match, layers=args.layers)
         say(f"\nthe whole table, with other methods beside it: diffusionblocks plan {words}")
         say(f"dry run: would train in {output}; nothing was written.")
@@ -243,7 +247,7 @@ def _push(args: argparse.Namespace, say: Say) -> Any:
     )
     say(str(push))
     if push.commit is not None or (push.files and not args.dry_run):
-        say(f"next: diffusionblocks sample {args.repo_id}")
+        say(f"next: diffusionblocks sample {push.repo_id}")
     return dataclasses.asdict(push)
 
 
@@ -278,11 +282,10 @@ def _recipes(args: argparse.Namespace, say: Say) -> Any:
 
 
 def _completion(args: argparse.Namespace, say: Say) -> Any:
-    import shtab
-
+    from .completion import completion_script
     from .parser import build_parser
 
-    say(shtab.complete(build_parser(), shell=args.shell))
+    say(completion_script(build_parser(), args.shell))
 
 
 def _settings(pairs: list[str]) -> dict[str, Any]:

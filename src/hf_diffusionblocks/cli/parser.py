@@ -1,10 +1,13 @@
 """The arguments of every command, with examples."""
 
 import argparse
+import platform
 from collections.abc import Sequence
 from typing import Any
 
+from .. import __version__
 from ..base_names import CUT_FROM, what_can_be_cut
+from ..versions import versions
 
 _DESCRIPTION = """\
 Train a network block by block, at 1/B of the memory (DiffusionBlocks, arXiv 2506.14202).
@@ -34,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print this library's version and those below it")
     _add_habits(parser, default=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for add in (_add_plan, _add_train, _add_sample, _add_evaluate, _add_convert, _add_encode):
@@ -41,6 +45,16 @@ def build_parser() -> argparse.ArgumentParser:
     for add in (_add_merge, _add_card, _add_push, _add_watch, _add_demo, _add_recipes, _add_completion):
         add(commands)
     return parser
+
+
+class _Version(argparse.Action):
+    """Print versions, as a report of a bug needs them, and end. What is installed is asked, and not imported."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        below = {name: version for name, version in versions().items() if name != "hf-diffusionblocks"}
+        named = [f"{name} {version}" for name, version in (below | {"Python": platform.python_version()}).items()]
+        print(f"hf-diffusionblocks {__version__}\n{', '.join(named)}")
+        parser.exit()
 
 
 def _add_habits(parser: argparse.ArgumentParser, default: Any = argparse.SUPPRESS) -> None:
@@ -265,7 +279,7 @@ def _add_push(commands: Any) -> None:
         "  diffusionblocks push runs/block-1/model user/digits-dit --block 1   # others push the other blocks",
     )
     parser.add_argument("model", help="directory of a saved model")
-    parser.add_argument("repo_id", help="user/model; made if it does not exist")
+    parser.add_argument("repo_id", help="user/model, or model alone if you are logged in; made if it does not exist")
     parser.add_argument("--block", type=int, action="append", help="send this block only (repeatable); default: all")
     parser.add_argument("--revision", help="a branch; made if it does not exist")
     parser.add_argument("--message", help="of the commit")

@@ -11,6 +11,10 @@ from torch import Tensor
 MODES = {1: "L", 3: "RGB"}  # PIL's, by number of channels
 
 
+class _OtherModeError(ValueError):
+    """An image in order, of colours that do not fit the others."""
+
+
 def square(images: Tensor, size: int) -> Tensor:
     """Central square of uint8 images [N, C, H, W], resized to [N, C, size, size]."""
     side = min(images.shape[-2:])
@@ -35,10 +39,14 @@ def decode_cell(value: Any, row: int, mode: str | None, strict: bool) -> Tensor:
         coloured = len(image.getbands()) >= 3 or image.mode in ("P", "PA")
         mode = mode or ("RGB" if coloured else "L")
         if image.mode[0] in "IF":
-            raise ValueError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits first")
+            raise _OtherModeError(f"mode {image.mode} has more than 8 bits per channel; convert it to 8 bits first")
         if strict and mode == "L" and coloured:
-            raise ValueError(f"it has mode {image.mode} but the first image is grey; give channels=1 or channels=3")
+            raise _OtherModeError(
+                f"it has mode {image.mode} but the first image is grey; give channels=1 or channels=3"
+            )
         pixels = np.array(image.convert(mode))
-    except Exception as err:  # each of PIL's codecs has errors of its own
+    except _OtherModeError as err:
         raise ValueError(f"the image of row {row}{path} cannot be read: {err}.") from err
+    except Exception as err:  # each of PIL's codecs has errors of its own
+        raise ValueError(f"the image of row {row}{path} cannot be read: {err}. Remove or replace it.") from err
     return torch.from_numpy(pixels.reshape(*pixels.shape[:2], -1)).permute(2, 0, 1)

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .image_pixels import MODES, decode_cell, square
 from .indexing import fixed_subset
 from .scripts import script_error
 
+_COUNTED = 1000  # so many images are looked at after one that cannot be read
 CACHE_MIN_IMAGES = 10_000  # more decoded images than this are kept on disk
 
 
@@ -90,7 +92,7 @@ def load_table(
     values: Any
     if isinstance(dataset, datasets.IterableDataset):
         cells = list(dataset if max_samples is None else dataset.take(max_samples))
-        labels, values = [c[label_column] for c in cells], [c[image_column] for c in cells]
+        labels, values = [c[label_column] for c in cells], iter([c[image_column] for c in cells])
         rows = np.arange(len(cells))
     else:
         labels = dataset.select_columns(label_column)[:][label_column]
@@ -116,7 +118,10 @@ def load_table(
     bar = tqdm(values, "decoding", len(rows), delay=2, unit="img", disable=disable_progress)
     for i, value in enumerate(bar):
         mode = MODES[channels] if channels else None if images is None else MODES[images.shape[1]]
-        pixels = decode_cell(value, int(rows[i]), mode, strict=channels is None)
+        try:
+            pixels = decode_cell(value, int(rows[i]), mode, strict=channels is None)
+        except ValueError as error:
+            raise ValueError(f"{error}{_others_broken(values)}") from error
         pixels = pixels if size is None else square(pixels[None], size)[0]
         if images is None:
             images = torch.empty((len(labels), *pixels.shape), dtype=torch.uint8)
@@ -130,6 +135,17 @@ def load_table(
         cache.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(cache, partial(save_file, {"images": images}))
     return images, labels, names
+
+
+def _others_broken(values: Any) -> str:
+    """How many of the cells that were not read yet cannot be read either; of very many cells, of the next ones."""
+    cells, broken = list(islice(iter(values), _COUNTED)), 0
+    for value in cells:
+        try:
+            decode_cell(value, 0, None, strict=False)
+        except ValueError:
+            broken += 1
+    return f" Of the {len(cells)} images after it {broken} cannot be read either." if broken else ""
 
 
 def find_columns(

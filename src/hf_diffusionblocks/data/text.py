@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .text_rows import Encode, TextDataset, check_ids, check_packing, check_sizes, token_dtype, too_short
+from .text_rows import Encode, TextDataset, TooShortError, check_ids, check_packing, check_sizes, token_dtype
 from .text_sources import load_documents
 from .text_stream import StreamingTextDataset
 from .tokenizing import tokenizer_fingerprint, tokenizer_size
@@ -115,7 +115,7 @@ def _rows(
     flat, starts, characters = _join(encoded, tokenizer.eos_token_id, size)
     rows = min(len(flat) // block_length, max_samples or len(flat))
     if rows == 0:
-        raise ValueError(too_short(len(flat), block_length))
+        raise TooShortError(len(flat), block_length)
     kept = rows * block_length
     # Within the document that is cut, characters are taken to be spread evenly over tokens.
     num_characters = round(float(np.interp(kept, *characters)))

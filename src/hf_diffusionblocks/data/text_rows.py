@@ -190,9 +190,17 @@ def check_ids(ids: np.ndarray, size: int) -> None:
         )
 
 
-def too_short(tokens: int, block_length: int) -> str:
-    """Message for a text without one full row."""
-    return (
-        f"the text has {tokens} tokens, fewer than one row of block_length={block_length}: give more text, a shorter "
-        "block_length, or (if this is the held-out part) a larger test_fraction."
-    )
+class TooShortError(ValueError):
+    """A text without one full row.
+
+    Args:
+        tokens: that it has.
+        block_length: tokens of a row.
+    """
+
+    def __init__(self, tokens: int, block_length: int) -> None:
+        self.tokens, self.block_length = tokens, block_length
+        super().__init__(
+            f"the text has {tokens} tokens, fewer than one row of block_length={block_length}: give more text, a "
+            "shorter block_length, or (if this is the held-out part) a larger test_fraction."
+        )

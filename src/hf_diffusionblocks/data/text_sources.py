@@ -1,6 +1,5 @@
 """Where text comes from: pydoc's topics, text files, everything that ``datasets`` reads; and what of it is held out."""
 
-import codecs
 import glob
 import math
 import os
@@ -12,6 +11,7 @@ import numpy as np
 
 from ..suggest import unknown_name
 from .scripts import script_error
+from .text_bytes import check_utf8, read_text
 
 KNOWN_TEXTS = ("pydoc",)
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".json": "json", ".jsonl": "json", ".csv": "csv"}
@@ -81,45 +81,6 @@ def load_documents(
     if isinstance(documents, datasets.Dataset) and streaming:
         documents = documents.to_iterable_dataset()
     return _part(documents, split == "test", test_fraction) if to_part else documents
-
-
-def read_text(file: str | os.PathLike) -> str:
-    """The text of a UTF-8 file, without a byte order mark and with line ends as ``"\\n"``.
-
-    Raises:
-        ValueError: if it cannot be read or is not UTF-8, naming the first byte that is not.
-    """
-    try:
-        text = Path(file).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(file, error, error.start)) from error
-    except OSError as error:
-        raise ValueError(f"{file} cannot be read: {error.strerror}.") from error
-    return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
-
-
-def check_utf8(file: str | os.PathLike) -> None:
-    """Read through a file of any size; ValueError naming the first byte that is not UTF-8."""
-    decoder, before = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(file, "rb") as stream:
-        while True:
-            chunk = stream.read(1 << 20)
-            try:
-                decoder.decode(chunk, final=not chunk)
-            except UnicodeDecodeError as error:
-                # What is decoded starts with bytes of the chunk before.
-                position = before - (len(error.object) - len(chunk)) + error.start
-                raise ValueError(_not_utf8(file, error, position)) from error
-            if not chunk:
-                return
-            before += len(chunk)
-
-
-def _not_utf8(file: str | os.PathLike, error: UnicodeDecodeError, position: int) -> str:
-    return (
-        f"{file} is not UTF-8: byte 0x{error.object[error.start]:02x} at position {position} ({error.reason}). "
-        "Convert it, for example with `iconv -f latin1 -t utf-8`."
-    )
 
 
 def row_text(value: Any, row: int) -> str:

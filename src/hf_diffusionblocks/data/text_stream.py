@@ -13,7 +13,7 @@ from torch.utils.data import Dataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from .indexing import row_index
-from .text_rows import Encode, check_ids, check_packing, check_sizes, row_batch, token_dtype, too_short
+from .text_rows import Encode, TooShortError, check_ids, check_packing, check_sizes, row_batch, token_dtype
 from .tokenizing import tokenizer_fingerprint, tokenizer_size
 
 STREAM_WINDOW = 1024  # rows that are read at a time, unless a shuffle buffer says otherwise
@@ -72,7 +72,7 @@ class StreamingTextDataset(Dataset):
         self._beginning = {"window": 0, "tokens": [], "starts": [], "documents": self._documents.state_dict()}
         self._seek(self._beginning)
         if not self._advance():
-            raise ValueError(too_short(self._left, block_length))
+            raise TooShortError(self._left, block_length)
         head = [tokenizer_fingerprint(tokenizer), block_length, packing, shuffle_buffer, seed, max_samples]
         digest = hashlib.sha256(json.dumps(head).encode())
         for array in self._held[0][1:]:

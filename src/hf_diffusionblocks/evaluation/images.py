@@ -50,6 +50,11 @@ def sample_images(
     return torch.cat(batches)
 
 
+def compares_samples(recipe: Recipe, train: ImageDataset) -> bool:
+    """Whether samples can be compared with images: by a classifier, which needs two classes, or by Inception."""
+    return train.num_classes > 1 or recipe.evaluation.feature_network == "inception"
+
+
 def check_scoring(recipe: Recipe, test: ImageDataset) -> None:
     """Raise a ``ValueError`` for fewer samples or held-out images than precision and recall (3 neighbours) need."""
     count = recipe.evaluation.num_samples
@@ -74,13 +79,16 @@ def score(
 ) -> dict[str, Any]:
     """The table of figures: held-out loss, Frechet and kernel distance, precision, recall, class agreement.
 
+    Images of one class, for which there is no classifier, have the held-out loss alone unless Inception can be had.
+
     The distances are between samples with the labels of held-out images and those images. The feature network is
     ``inception`` where its weights can be had, otherwise a small classifier trained on the training split, kept in
     ``cache_dir`` and named after the data set. The held-out loss is also split by noise range, by the model's own
     blocks or by descending ``edges``.
     """
     settings = recipe.evaluation
-    check_scoring(recipe, test)
+    if compares_samples(recipe, train):
+        check_scoring(recipe, test)
     if test.is_latent and vae is None:
         raise ValueError(
             "the data are latents, and a score compares images: set sampling.vae to the VAE that made them, or load a "
@@ -90,15 +98,19 @@ def score(
         model, test, num_draws=settings.num_draws, max_samples=settings.held_out_samples, edges=edges
     )
     classifier, network = _feature_networks(recipe, train, test, Path(cache_dir), vae)
+    figures: dict[str, Any] = {
+        "held_out_loss": held_out.total,
+        "held_out_loss_standard_error": held_out.standard_error,
+        "held_out_loss_per_range": held_out.per_range,
+    }
+    if network is None:
+        return figures
     count = settings.num_samples
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(test), generator=generator) for _ in range(-(-count // len(test)))])[:count]
     labels = test.labels[order]
     sampled, guessed, seconds = _sampled_features(model, recipe, labels, network, classifier, seed, vae, progress)
-    figures: dict[str, Any] = {
-        "held_out_loss": held_out.total,
-        "held_out_loss_standard_error": held_out.standard_error,
-        "held_out_loss_per_range": held_out.per_range,
+    figures |= {
         "num_samples": count,
         "guidance_scale": settings.guidance_scale,
         "num_inference_steps": recipe.sampling.num_inference_steps,
@@ -189,13 +201,16 @@ def compare_features(sampled: Tensor, reference: Tensor, network: Any) -> dict[s
 def _feature_networks(
     recipe: Recipe, train: ImageDataset, test: ImageDataset, cache_dir: Path, vae: Any
 ) -> tuple[Any, Any]:
-    from ..metrics import ClassifierFeatures, InceptionFeatures, train_classifier
+    """A classifier of the classes and the network that features are read from; None for what cannot be had."""
+    from ..metrics import ClassifierFeatures, train_classifier
 
+    if train.num_classes == 1:
+        asked = compares_samples(recipe, train)
+        return None, (_inception("the held-out loss is the only score") if asked else None)
     if train.is_latent and recipe.evaluation.feature_network == "inception":
-        try:
-            return None, InceptionFeatures()  # no classifier: decoding the training images would be a job of its own
-        except (ImportError, OSError) as error:
-            print(f"Inception features cannot be had ({error}); a classifier of decoded images is trained instead.")
+        # No classifier beside it: decoding the training images would be a job of its own.
+        if (network := _inception("a classifier of decoded images is trained instead")) is not None:
+            return None, network
     name = f"{Path(recipe.data.name).name}-cnn"
     epochs, width = recipe.evaluation.classifier_epochs, recipe.evaluation.classifier_width
     folder = cache_dir / f"{name}-{train.fingerprint}-{epochs}-{width}"
@@ -214,8 +229,16 @@ def _feature_networks(
         )
         classifier.save(folder)
     if recipe.evaluation.feature_network == "inception" and not latent:
-        try:
-            return classifier, InceptionFeatures()
-        except (ImportError, OSError) as error:
-            print(f"Inception features cannot be had ({error}); using {classifier.name} instead.")
+        return classifier, _inception(f"using {classifier.name} instead") or classifier
     return classifier, classifier
+
+
+def _inception(otherwise: str) -> Any:
+    """Inception's features; None, saying what is done instead, where they cannot be had."""
+    from ..metrics import InceptionFeatures
+
+    try:
+        return InceptionFeatures()
+    except (ImportError, OSError) as error:
+        print(f"Inception features cannot be had ({error}); {otherwise}.")
+        return None

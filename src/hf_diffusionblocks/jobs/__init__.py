@@ -31,6 +31,7 @@ from .common import (
     read_recipe_of,
     say_report,
 )
+from .dry_checks import check_data
 from .images import ImageRun, build_trainer, load_data, sample
 from .masked_text import MaskedTextRun, sample_masked
 from .merged import merge as merge_jobs
@@ -62,6 +63,7 @@ def plan(
     *,
     blocks: list[int] | None = None,
     lower: str | None = None,
+    report: bool = True,
 ) -> dict[str, Any]:
     """``diffusionblocks plan``: the partition, parameters by block and what a training step holds in memory.
 
@@ -69,18 +71,23 @@ def plan(
         recipe: of the run.
         say: prints.
         short: for a dry run: print what fits on a screen (the figures that are returned are all of them), and refuse
-            what ``train`` would refuse.
+            what ``train`` would refuse. Of the data that is seen where they are small and on this machine.
         blocks: of a job that is to train these only.
         lower: of a cascade's job, the directory of a model that holds the trained blocks below.
+        report: whether the run of a dry run is to draw and score at the end.
 
     Raises:
-        ValueError: for a job that ``train`` refuses.
+        ValueError: for a job, or data, that ``train`` refuses.
     """
     _check_lower(recipe, lower)
     planned = _of(recipe.family).plan(recipe)
     if short or blocks is not None or lower is not None:
         check_planned_job(planned.model, planned.recipe.training_arguments(), blocks, lower)
-    for line in planned.short_lines() if short else planned.lines():
+    lines = planned.short_lines() if short else planned.lines()
+    if short:
+        run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say)
+        lines += check_data(run, planned.model)
+    for line in lines:
         say(line)
     return planned.to_dict()
 

@@ -79,6 +79,9 @@ class ClassifierRun(Run):
     def build_trainer(self) -> DiffusionBlocksTrainer:
         return build_trainer(self.recipe, self.train_data, self.test_data, blocks=self.blocks, lower=self.lower)
 
+    def check(self, model: BlockedForImageClassification) -> None:
+        check_classes(self.train_data, model.config, self.recipe.kind.classes_key)
+
     def data_lines(self, model: BlockedForImageClassification) -> list[str]:
         return [data_line(self.recipe, self.train_data, self.test_data)]
 

@@ -61,7 +61,8 @@ def load_data(recipe: Recipe) -> tuple[ImageDataset, ImageDataset]:
 
 def data_line(recipe: Recipe, train: ImageDataset, test: ImageDataset) -> str:
     """How many images there are, and on which the model is scored."""
-    line = f"images: {len(train)}, in {train.num_classes} classes; held out: "
+    classes = f"{train.num_classes} class{'es' * (train.num_classes != 1)}"
+    line = f"images: {len(train)}, in {classes}; held out: "
     if recipe.data.test_fraction is None and recipe.data.test_split == recipe.data.train_split:
         return line + "none, so all scores are of the training images"
     return line + f"{len(test)}"

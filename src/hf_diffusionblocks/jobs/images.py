@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..baselines.end_to_end import resolve_method
 from ..data import cache_latents, open_image_dataset
-from ..evaluation import check_scoring, sample_images, score
+from ..evaluation import check_scoring, compares_samples, sample_images, score
 from ..families.base_loading import hub_settings
 from ..families.dit import BlockedDiTModel
 from ..families.dit_conversion import load_components
@@ -23,6 +23,11 @@ from .image_pieces import LATENTS, build_trainer, check_classes, data_line, is_l
 from .planning import Plan
 from .run import Pictures, Run
 from .sample_files import write_samples
+
+ONE_CLASS = (
+    "all images are of one class: they are scored without a classifier, by the held-out loss alone "
+    "(evaluation.feature_network=inception also compares samples with them)"
+)
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -45,11 +50,15 @@ class ImageRun(Run):
                 "scored."
             )
             self.report = False
-        if self.reports:
+        if self.reports and compares_samples(self.recipe, self.train_data):
             check_scoring(self.recipe, self.test_data)
 
+    def check(self, model: BlockedDiTModel) -> None:
+        check_classes(self.train_data, model, self.recipe.kind.classes_key)
+
     def data_lines(self, model: BlockedDiTModel) -> list[str]:
-        return [data_line(self.recipe, self.train_data, self.test_data)]
+        lines = [data_line(self.recipe, self.train_data, self.test_data)]
+        return [*lines, ONE_CLASS] if self.reports and not compares_samples(self.recipe, self.train_data) else lines
 
     def build_trainer(self) -> DiffusionBlocksTrainer:
         from ..plots import SampleGridCallback
@@ -231,6 +240,8 @@ def evaluate(
     vae = pipe.vae or load_vae(recipe)
     if vae is not None:
         vae.to(pipe.model.device)
+    if not compares_samples(recipe, train_data):
+        say(ONE_CLASS)
     figures = score(pipe.model, recipe, train_data, test_data, cache_dir=cache, seed=seed, vae=vae, progress=True)
     say_figures(figures, output, say)
     return figures

@@ -40,7 +40,8 @@ def write_samples(
                 picture.save(path)
                 paths.append(path)
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(f"{len(paths)} of {len(labels)} images are in {folder}.") from error
+        drawn = f"{len(paths)} of {len(labels)} images are in {folder}." if paths else "No image was drawn yet."
+        raise KeyboardInterrupt(drawn) from error
     return torch.cat(images), paths
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data import load_documents, load_text_dataset, load_tokenizer
+from ..data.text_rows import Encode, TooShortError
 from ..data.tokenizing import check_tokenizer, tokenizer_fingerprint, tokenizer_size, with_mask_token
 from ..families.causal_lm import BlockedForCausalLM
 from ..recipes import Recipe
@@ -88,17 +89,47 @@ def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Any:
 
 def _load_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, **settings: Any) -> Any:
     data, source = recipe.data, _source(recipe)
-    return load_text_dataset(
-        source.pop("name"),
-        split,
-        tokenizer=tokenizer,
-        block_length=data.block_length,
-        packing=data.packing,
-        num_proc=data.num_proc,
-        disable_progress=recipe.training_arguments().disable_tqdm,
-        **source,
-        **settings,
+    try:
+        return load_text_dataset(
+            source.pop("name"),
+            split,
+            tokenizer=tokenizer,
+            block_length=data.block_length,
+            packing=data.packing,
+            num_proc=data.num_proc,
+            disable_progress=recipe.training_arguments().disable_tqdm,
+            **source,
+            **settings,
+        )
+    except TooShortError as error:
+        raise ValueError(_too_short(recipe, tokenizer, split, error)) from error
+
+
+def _too_short(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, split: str, error: TooShortError) -> str:
+    """Which part of a recipe's text is shorter than a row, and what to set."""
+    data, whole = recipe.data, None if recipe.data.streaming else _whole_text(recipe)
+    held_out = split == data.test_split != data.train_split
+    part = (
+        f"the {'held-out' if held_out else 'training'} part of {data.name} (split {split!r}) has {error.tokens} tokens"
     )
+    ways = ["more text", f"a data.block_length of at most {error.tokens}"] if error.tokens > 1 else ["more text"]
+    if whole is not None:
+        total = sum(map(len, Encode(tokenizer)({"text": whole}, list(range(len(whole))))["input_ids"]))
+        part += f", the whole text {total} (data.test_fraction={data.test_fraction} is held out)"
+        if total >= (2 if held_out else 1) * data.block_length:
+            ways += [f"a {'larger' if held_out else 'smaller'} data.test_fraction"]
+    advice = f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]
+    return f"{part}: fewer tokens than one row of data.block_length={data.block_length}. Give {advice}."
+
+
+def _whole_text(recipe: Recipe) -> list[str] | None:
+    """The documents of a text that is parted by ``data.test_fraction``; None if it has a split of held-out text."""
+    whole = _source(recipe) | {"test_fraction": 0}
+    try:
+        load_documents(split="test", **whole)
+    except ValueError:  # nothing is held out at 0
+        return list(load_documents(split="train", **whole)["text"])
+    return None
 
 
 def planned_vocabulary(recipe: Recipe) -> int | None:

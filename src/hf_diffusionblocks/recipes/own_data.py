@@ -1,5 +1,6 @@
 """Which recipe fits the data that a user has: a folder of images, or text."""
 
+import codecs
 import json
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ from PIL import Image
 
 _TEXT = (".txt", ".md", ".text", ".rst", ".tex")
 LEAST_SCORED = 4  # fewer images are not compared with others
+SCORED_ON_TRAINING = "data.test_split=train"  # where so few images are there that none are held out
 _TRAIN = ("train", "training")
 _TEST = ("test", "testing", "eval", "validation", "valid", "val", "dev")
 
@@ -56,9 +58,18 @@ def _run_of(place: Path) -> str:
 def _text_settings(place: Path, files: list[Path]) -> list[str]:
     """The run directory; and how the text begins, as the prompt of samples: a tokenizer of it knows the characters."""
     with files[0].open("rb") as file:
-        begin = file.read(400).decode("utf-8", errors="ignore").split()
+        begin = _beginning(file.read(400)).split()
     prompt = " ".join(begin[:3])[:40]
     return [_run_of(place), *([f"sampling.prompts={json.dumps([prompt + ' '])}"] if prompt else [])]
+
+
+def _beginning(data: bytes) -> str:
+    """The text that a file begins with; none if it is not UTF-8, or binary."""
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(data)  # the last character may be cut
+    except UnicodeDecodeError:
+        return ""
+    return "" if "\0" in text else text.removeprefix("\ufeff")
 
 
 def _folder_settings(place: Path, pictures: list[Path]) -> list[str]:
@@ -72,6 +83,9 @@ def _folder_settings(place: Path, pictures: list[Path]) -> list[str]:
     if not splits & set(_TEST):
         sizes = list(counts.values()) or [len(below)]
         held = {share: sum(max(int(n * share), n >= 5) for n in sizes) for share in (0.1, 0.25)}
-        share = next((share for share, count in held.items() if count >= LEAST_SCORED), None)
-        settings.append("data.test_split=train" if share is None else f"data.test_fraction={share}")
+        shares = [share for share, count in held.items() if count >= LEAST_SCORED]
+        if len(sizes) == 1 and held[0.25]:  # of one class no samples are compared: any image held out will do
+            shares.append(0.25)
+        share = shares[0] if shares else None
+        settings.append(SCORED_ON_TRAINING if share is None else f"data.test_fraction={share}")
     return settings

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .. import serialization
 from ..agreement import SAME_MODEL, first_difference
@@ -246,7 +247,7 @@ def push_directory(
 
     Args:
         directory: of a saved model.
-        repo_id: ``user/model``; made if it does not exist.
+        repo_id: ``user/model``, or ``model`` alone for the user who is logged in; made if it does not exist.
         blocks: to send; all that the directory holds by default. If these are all blocks of the model, the repository
             then holds this model and no other block files.
         revision: a branch; made if it does not exist.
@@ -262,9 +263,10 @@ def push_directory(
         What was sent, or would be.
 
     Raises:
-        ValueError: if the repository holds another model, or the directory none.
+        ValueError: if the repository holds another model, the directory none, or the name is none of a repository.
         OSError: if the Hub cannot be reached or refuses; what was sent so far is used when the push is repeated.
     """
+    _check_name(repo_id, token)
     local = read_local(Path(directory), blocks)
     if dry_run:
         return _dry_run(local, repo_id, revision, token)
@@ -304,7 +306,10 @@ def _dry_run(local: LocalModel, repo_id: str, revision: str | None, token: str |
     api = HfApi(token=token, library_name=LIBRARY_NAME)
     try:
         with in_one_line(f"push to {repo_id}", token):
-            remote = Retries(failures=1).call(read_remote, api, repo_id, revision)
+            once = Retries(failures=1)
+            if "/" not in repo_id:  # as create_repo does; without it, another's repository of that name would be read
+                repo_id = f"{once.call(api.whoami)['name']}/{repo_id}"
+            remote = once.call(read_remote, api, repo_id, revision)
     except OSError as error:
         reason = why_unreachable(error)
         if reason is None:
@@ -312,6 +317,15 @@ def _dry_run(local: LocalModel, repo_id: str, revision: str | None, token: str |
         files = _all_sent(compose(local, RemoteModel(), repo_id), RemoteModel())
         return Push(repo_id, revision, None, tuple(replace(f, action="send") for f in files), unreached=reason)
     return Push(repo_id, revision, remote.commit, _all_sent(compose(local, remote, repo_id), remote))
+
+
+def _check_name(repo_id: str, token: str | bool | None) -> None:
+    """A name without a user belongs to the one who is logged in, so there has to be one."""
+    validate_repo_id(repo_id)
+    if "/" not in repo_id and (token is False or not (isinstance(token, str) or get_token())):
+        raise ValueError(
+            f"{repo_id!r} names no user, and nobody is logged in: write user/{repo_id}, or log in with `hf auth login`."
+        )
 
 
 # -- pieces -------------------------------------------------------------------------------------------------------

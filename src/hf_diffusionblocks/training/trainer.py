@@ -187,21 +187,21 @@ class DiffusionBlocksTrainer:
             unit="update",
             disable=self.args.disable_tqdm or not self.group.is_leader,
         )
-        with bar, self._stop.listening():
-            while self.iteration < len(self.schedule):
-                self._iterate(bar)
-                if self._stop.by is not None or self.control.should_training_stop:
-                    break
-        self._flush()
-        self._earlier_seconds, self._begun = self.training_seconds, None
-        mark_trained(self.model, self.trainers, self.num_updates)
-        saved = find_checkpoints(self.output_dir)
-        if self.group.any(not saved or saved[-1].name != self._name)[0]:
-            self._save_checkpoint()
+        with self._stop.listening(self.output_dir):
+            with bar:
+                while self.iteration < len(self.schedule):
+                    self._iterate(bar)
+                    if self._stop.by is not None or self.control.should_training_stop:
+                        break
+            self._flush()
+            self._earlier_seconds, self._begun = self.training_seconds, None
+            mark_trained(self.model, self.trainers, self.num_updates)
+            saved = find_checkpoints(self.output_dir)
+            if self.group.any(not saved or saved[-1].name != self._name)[0]:
+                self._save_checkpoint()
         if self._stop.by is not None:
             self.status.on_stop(self)
-            stopped = f"stopped by {self._stop.take()} after iteration {self.iteration}"
-            raise KeyboardInterrupt(f"{stopped}; saved in {self.output_dir / self._name}")
+            raise self._stop.interruption(self.iteration, self.output_dir / self._name)
         if self.iteration == len(self.schedule) and self.eval_dataset is not None and self._can_evaluate:
             self.evaluate()
         self._notify("on_train_end")
