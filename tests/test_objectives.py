@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import jaxtyping
 import pytest
@@ -296,6 +297,9 @@ def test_ranges_follow_the_edges_that_are_asked_for():
     assert result.total == held_out_loss(model, data).total
     # a range without any draw has no loss
     assert math.isnan(held_out_loss(model, GaussianImages(5, GAUSSIAN), edges=[80.0, 79.0, 0.002]).per_range[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert math.isnan(held_out_loss(model, GaussianImages(1, GAUSSIAN), num_draws=1).standard_error)
 
 
 def test_the_seed_alone_decides_the_noise():

@@ -127,15 +127,13 @@ def looked_at(place: Path, *settings: str, report: bool = True) -> list[str]:
 
 
 def test_a_dry_run_says_what_small_data_are(tmp_path, capsys):
-    write_images(tmp_path / "flat", 12)
-    assert main(["train", "--data", str(tmp_path / "flat"), *SMALL_DIT, "--dry-run", "--no-report"]) == 0
-    said = capsys.readouterr().out
-    assert "images: 9, in 1 class; held out: 3" in said and "dry run: would train" in said and "warning" not in said
-    write_images(tmp_path / "few", 3)
-    assert main(["train", "--data", str(tmp_path / "few"), *SMALL_DIT, "--dry-run"]) == 0
-    said = capsys.readouterr().out
-    assert "warning: so few images leave none to hold out: scores are of the training images." in said
-    assert "all images are of one class" in said
+    said = looked_at(write_images(tmp_path / "flat", 12), *SMALL_DIT)
+    assert "images: 9, in 1 class; held out: 3" in said and "all images are of one class" in said[1]
+    few = write_images(tmp_path / "few", 3)
+    assert main(["train", "--data", str(few), *SMALL_DIT, "--dry-run", "--no-report"]) == 0
+    shown = capsys.readouterr().out
+    assert "warning: so few images leave none to hold out: scores are of the training images." in shown
+    assert "images: 3, in 1 class; held out: none" in shown and "dry run: would train in runs/few" in shown
 
 
 @pytest.mark.parametrize(("text", "words"), [(TEXT, "the held-out part"), ("one line", "the training part")])

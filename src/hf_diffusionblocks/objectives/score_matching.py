@@ -3,6 +3,7 @@
 arXiv 2506.14202, section 3, with the weight of EDM (arXiv 2206.00364, Table 1).
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,4 +192,5 @@ def held_out_loss(
     for high, low in zip(edges, edges[1:], strict=False):
         inside = (sigmas <= high) & (sigmas >= low)
         per_range.append(float(losses[inside].mean()) if inside.any() else float("nan"))
-    return HeldOutLoss(float(losses.mean()), per_range, edges, total, float(losses.std() / max(total, 1) ** 0.5))
+    error = float(losses.std()) / total**0.5 if total > 1 else math.nan  # not known of one sample
+    return HeldOutLoss(float(losses.mean()), per_range, edges, total, error)
