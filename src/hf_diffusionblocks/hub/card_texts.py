@@ -30,7 +30,7 @@ def with_article(words: str) -> str:
 
 
 def uses_noise(model: BlockedPreTrainedModel) -> bool:
-    """Whether noise levels decide anything: not in a model with categorical targets and a clean readout."""
+    """Whether noise levels matter for use: not in training or predicting with a clean readout."""
     return not isinstance(model.config, CategoricalConfig) or model.config.two_stream
 
 
@@ -79,7 +79,7 @@ def description(model: BlockedPreTrainedModel, base_model: str | None) -> str:
     noise = (
         f" Each block denoises the {target}'s embedding in its own range of noise levels."
         if config.two_stream
-        else " No block uses noise."
+        else " No block needs noise, neither to be trained nor to predict."
     )
     auxiliary = ""
     if extra := config.auxiliary_layers_of(0):
