@@ -36,9 +36,9 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
         for action in command._actions:
             complete = _completion_of(action.dest, names)
             if complete is not None and action.choices is None:
-                action.complete = complete  # type: ignore[attr-defined]
+                action.complete = complete
     functions = {"bash": _bash(names), "zsh": _zsh(names)}
-    return shtab.complete(parser, shell=shell, preamble=functions)
+    return shtab.complete(parser, shell=shell, preamble=functions.get(shell, ""))
 
 
 def _names() -> dict[str, tuple[str, ...]]:
