@@ -38,7 +38,7 @@ def completion_script(parser: argparse.ArgumentParser, shell: str) -> str:
             if complete is not None and action.choices is None:
                 action.complete = complete
     functions = {"bash": _bash(names), "zsh": _zsh(names)}
-    return shtab.complete(parser, shell=shell, preamble=functions)  # type: ignore[arg-type]  # one script per shell
+    return shtab.complete(parser, shell=shell, preamble=functions.get(shell, ""))
 
 
 def _names() -> dict[str, tuple[str, ...]]:
