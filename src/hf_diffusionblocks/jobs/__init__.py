@@ -79,7 +79,7 @@ def plan(
     Raises:
         ValueError: for a job, or data, that ``train`` refuses.
     """
-    _check_lower(recipe, lower)
+    _check_lower(recipe, lower, blocks)
     planned = _of(recipe.family).plan(recipe)
     if short or blocks is not None or lower is not None:
         check_planned_job(planned.model, planned.recipe.training_arguments(), blocks, lower)
@@ -116,7 +116,7 @@ def train(
     Returns:
         The directory of the saved model.
     """
-    _check_lower(recipe, lower)
+    _check_lower(recipe, lower, blocks)
     run = RUNS[recipe.kind.job](recipe, blocks=blocks, lower=lower, report=report, say=say, command=command)
     model_dir = run.train(resume)
     if report and ends_the_run(model_dir, Path(recipe.training_arguments().output_dir)):
@@ -124,12 +124,12 @@ def train(
     return model_dir
 
 
-def _check_lower(recipe: Recipe, lower: str | None) -> None:
+def _check_lower(recipe: Recipe, lower: str | None, blocks: list[int] | None) -> None:
     if lower is not None and not recipe.kind.cascades:
         raise ValueError(
             f"--lower {lower} is for a cascade: the blocks of family {recipe.family!r} stand alone. Leave it out."
         )
-    if lower is not None:
+    if lower is not None and blocks:
         check_model_path(lower)
 
 
