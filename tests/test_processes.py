@@ -171,7 +171,7 @@ def test_a_sharded_checkpoint_holds_whole_tensors(two, alone):
 
 def test_a_signal_to_one_process_stops_all_after_the_same_update_and_they_go_on(two):
     said = [(two / "stopped" / f"stopped-{rank}.txt").read_text() for rank in range(2)]
-    assert "another process after iteration 5" in said[0] and "signal 15 after iteration 5" in said[1]
+    assert "another process after 5 updates" in said[0] and "SIGTERM after 5 updates" in said[1]
     assert_equal(two / "stopped" / "model", two / "data" / "model")
 
 
